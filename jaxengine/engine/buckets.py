@@ -1,0 +1,78 @@
+"""The padded step sizes: the only file that decides what XLA compiles.
+
+A step is padded up to the next size, so few programs serve every batch. Sizes are close together
+where a step's time grows with its size and far apart where it does not.
+"""
+
+import bisect
+
+from jaxengine.batch import StepShape
+
+SMALL_MIXED_ROWS = 32  # most prefill steps carry few rows; padding them to all rows costs logits
+
+
+class Buckets:
+    """The step shapes of an engine.
+
+    Args:
+        max_num_seqs: Most rows of a step.
+        max_num_batched_tokens: Most tokens of a step.
+        min_mixed_tokens: Smallest size of a step that prefills. On a GPU a step of few tokens
+            takes as long as one of 64: it waits for the weights.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, min_mixed_tokens: int
+    ) -> None:
+        self.decode_rows = decode_sizes(max_num_seqs)
+        self.mixed_tokens = mixed_sizes(min_mixed_tokens, max_num_batched_tokens)
+        self.max_num_seqs = max_num_seqs
+
+    def choose(self, num_tokens: int, num_rows: int) -> StepShape:
+        """Return the smallest shape that holds a step."""
+        if num_tokens == num_rows:
+            rows = self.decode_rows[bisect.bisect_left(self.decode_rows, num_rows)]
+            return StepShape(rows, rows, decode_only=True)
+        tokens = self.mixed_tokens[bisect.bisect_left(self.mixed_tokens, num_tokens)]
+        rows = next(r for r in self._row_choices(tokens) if r >= num_rows)
+        return StepShape(tokens, rows, decode_only=False)
+
+    def _row_choices(self, tokens: int) -> list[int]:
+        most = min(tokens, self.max_num_seqs)
+        return [SMALL_MIXED_ROWS, most] if most > SMALL_MIXED_ROWS else [most]
+
+    def all_shapes(self) -> list[StepShape]:
+        """Every shape that ``choose`` can return, the largest (the one that needs most) first."""
+        mixed = [
+            StepShape(tokens, rows, decode_only=False)
+            for tokens in self.mixed_tokens
+            for rows in self._row_choices(tokens)
+        ]
+        decode = [StepShape(rows, rows, decode_only=True) for rows in self.decode_rows]
+        return sorted(mixed, key=_size, reverse=True) + sorted(decode, key=_size, reverse=True)
+
+
+def _size(shape: StepShape) -> tuple[int, int]:
+    return shape.num_tokens, shape.num_rows
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Row counts: powers of two to 8, then steps of an eighth to a quarter of the size."""
+    sizes = [1, 2, 4]
+    size = 8
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += 8 if size < 32 else 16 if size < 128 else 32 if size < 256 else 64
+    return [s for s in sizes if s < max_num_seqs] + [max_num_seqs]
+
+
+def mixed_sizes(min_tokens: int, max_tokens: int) -> list[int]:
+    """Token counts: powers of two, with the size half-way between from 2048 on."""
+    sizes = []
+    size = min_tokens
+    while size < max_tokens:
+        sizes.append(size)
+        if size >= 2048 and size * 3 // 2 < max_tokens:
+            sizes.append(size * 3 // 2)
+        size *= 2
+    return [*sizes, max_tokens]

@@ -1,0 +1,119 @@
+"""Grouped-query attention over the paged KV cache.
+
+Keys and values of the step are written first; attention then reads only the cache. So chunked
+prefill, prefix caching and decode are one case.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxengine.batch import InputBatch
+from jaxengine.layers.linear import Linear
+from jaxengine.layers.norm import RMSNorm
+from jaxengine.layers.rope import rotate
+from jaxengine.sharding import TENSOR_AXIS
+from pallas_kernels.paged_attention import paged_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What differs between families.
+
+    Attributes:
+        sliding_window: Tokens that a query sees, its own included; None for all.
+        implementation: Kernel to use; None for the best one.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_eps: float | None = None
+    sliding_window: int | None = None
+    logits_soft_cap: float | None = None
+    implementation: str | None = None
+
+
+class Attention(nnx.Module):
+    """Attention with one fused weight for queries, keys and values.
+
+    The fused weight is grouped by KV head, [K, G + 2, H, D] with the G query heads of the group,
+    then its key and its value: cutting axis K gives every shard whole groups.
+    """
+
+    def __init__(self, spec: AttentionSpec, *, dtype: Any) -> None:
+        self.spec = spec
+        group = spec.num_heads // spec.num_kv_heads
+        self.qkv_proj = Linear(
+            (spec.num_kv_heads, group + 2, spec.head_dim),
+            (spec.hidden_size,),
+            spec=P(TENSOR_AXIS, None, None, None),
+            dtype=dtype,
+            use_bias=spec.qkv_bias,
+        )
+        self.o_proj = Linear(
+            (spec.hidden_size,),
+            (spec.num_heads, spec.head_dim),
+            spec=P(None, TENSOR_AXIS, None),
+            dtype=dtype,
+            use_bias=spec.out_bias,
+        )
+        eps = spec.qk_norm_eps
+        self.q_norm = None if eps is None else RMSNorm(spec.head_dim, eps=eps, dtype=dtype)
+        self.k_norm = None if eps is None else RMSNorm(spec.head_dim, eps=eps, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        batch: InputBatch,
+        cos_sin: tuple[Float[Array, "T R"], Float[Array, "T R"]],
+        k_cache: Float[Array, "num_blocks K block_size H"],
+        v_cache: Float[Array, "num_blocks K block_size H"],
+    ) -> tuple[
+        Float[Array, "T D"],
+        Float[Array, "num_blocks K block_size H"],
+        Float[Array, "num_blocks K block_size H"],
+    ]:
+        qkv = self.qkv_proj(x)  # [T, K, G + 2, H]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        k_cache = write_to_cache(k_cache, k, batch.slot_mapping)
+        v_cache = write_to_cache(v_cache, v, batch.slot_mapping)
+        attended = paged_attention(
+            q.reshape(q.shape[0], -1, q.shape[-1]),
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.query_start_loc,
+            batch.num_decode_rows,
+            scale=1 / math.sqrt(self.spec.head_dim),
+            sliding_window=self.spec.sliding_window,
+            logits_soft_cap=self.spec.logits_soft_cap,
+            decode_only=batch.decode_only,
+            implementation=self.spec.implementation,
+        )
+        return self.o_proj(attended), k_cache, v_cache
+
+
+def write_to_cache(
+    cache: Float[Array, "num_blocks K block_size H"],
+    values: Float[Array, "T K H"],
+    slot_mapping: Int[Array, " T"],
+) -> Float[Array, "num_blocks K block_size H"]:
+    """Store ``values[t]`` at slot ``slot_mapping[t]``; in place where the cache is donated.
+
+    Padding tokens write into block 0, which nobody reads.
+    """
+    block_size = cache.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    return cache.at[blocks, :, offsets].set(values.astype(cache.dtype), mode="drop")

@@ -1,0 +1,149 @@
+"""The pre-norm decoder that Llama and its relatives share; families differ by a DecoderSpec."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxengine.batch import InputBatch
+from jaxengine.config import ModelConfig
+from jaxengine.layers.attention import Attention, AttentionSpec
+from jaxengine.layers.linear import Embedding
+from jaxengine.layers.mlp import GatedMLP
+from jaxengine.layers.norm import RMSNorm
+from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
+
+LayerCaches = list[tuple[Array, Array]]  # a (k_cache, v_cache) pair for each layer of the stage
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """Where a family departs from Llama."""
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    has_qk_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What the engine decides about a model, rather than its checkpoint.
+
+    Attributes:
+        layers: The layers this pipeline stage holds; None for all of them.
+        num_kv_heads: KV heads in the weights and the cache: the model's, or the tensor-parallel
+            size where that is larger (heads are then repeated).
+        max_model_len: Longest sequence, in tokens; some rope types depend on it.
+        attention_backend: Kernel to use; None for the best one.
+    """
+
+    num_kv_heads: int
+    max_model_len: int
+    layers: range | None = None
+    attention_backend: str | None = None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, spec: DecoderSpec, options: ModelOptions, layer: int
+    ) -> None:
+        dtype = jnp.dtype(config.dtype)
+        eps = config.rms_norm_eps
+        attention = AttentionSpec(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=options.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=spec.qkv_bias,
+            out_bias=spec.out_bias,
+            qk_norm_eps=eps if spec.has_qk_norm else None,
+            sliding_window=config.sliding_windows[layer],
+            implementation=options.attention_backend,
+        )
+        self.input_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
+        self.attention = Attention(attention, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            hidden_act=config.hidden_act,
+            use_bias=spec.mlp_bias,
+            dtype=dtype,
+        )
+
+    def __call__(
+        self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: Any, caches: tuple[Array, Array]
+    ) -> tuple[Float[Array, "T D"], tuple[Array, Array]]:
+        attended, *new_caches = self.attention(self.input_norm(x), batch, cos_sin, *caches)
+        x = x + attended
+        x = x + self.mlp(self.post_attention_norm(x))
+        return x, (new_caches[0], new_caches[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: Any, state: Any, *inputs: Any) -> tuple:
+    """Call a layer; being jitted, all layers of a kind are traced and lowered once."""
+    return nnx.merge(graphdef, state)(*inputs)
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and output projection; a stage holds some of the layers.
+
+    Args:
+        config: The model's shape.
+        options: What the engine decides.
+        spec: What the family is.
+    """
+
+    def __init__(self, config: ModelConfig, options: ModelOptions, spec: DecoderSpec) -> None:
+        layers = range(config.num_layers) if options.layers is None else options.layers
+        dtype = jnp.dtype(config.dtype)
+        vocabulary = (config.vocab_size, config.hidden_size)
+        is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+        self.config, self.max_model_len = config, options.max_model_len
+        tied = config.tie_word_embeddings
+        self.embed_tokens = (
+            Embedding(*vocabulary, dtype=dtype) if is_first or (is_last and tied) else None
+        )
+        # A dict by the layer's own number, so that a stage's parameters keep the model's names.
+        self.layers = nnx.Dict(
+            {str(layer): DecoderLayer(config, spec, options, layer) for layer in layers}
+        )
+        self.norm = (
+            RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if is_last else None
+        )
+        self.lm_head = Embedding(*vocabulary, dtype=dtype) if is_last and not tied else None
+
+    def __call__(
+        self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
+    ) -> tuple[Float[Array, "T D"], LayerCaches]:
+        """Run the stage's layers over the step's tokens.
+
+        Args:
+            batch: The step.
+            caches: KV caches of the stage's layers; donate them, the new ones are returned.
+            hidden: The previous stage's output; None for the first stage.
+        """
+        x = self.embed_tokens(batch.token_ids) if hidden is None else hidden
+        config = self.config
+        frequencies, factor = rope_frequencies(
+            config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len
+        )
+        cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
+        new_caches = []
+        for layer, cache in zip(self.layers.values(), caches, strict=True):
+            x, cache = _run_layer(*nnx.split(layer), x, batch, cos_sin, cache)
+            new_caches.append(cache)
+        return x, new_caches
+
+    def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Scores of the next token for some rows of the last stage's output."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.logits(self.norm(hidden))

@@ -1,0 +1,53 @@
+"""Meshes and the one mesh axis that model code names.
+
+The whole step runs under one ``shard_map``: layers see the local shapes of their shard and reduce
+explicitly, so the number of collectives is what the code says and never what a partitioner chose.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TENSOR_AXIS = "tp"
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """Return the mesh of one tensor-parallel group: axis "tp" over ``devices``."""
+    return Mesh(np.array(devices), (TENSOR_AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device of the mesh holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def sum_over_shards(x: jax.Array) -> jax.Array:
+    """Add the partial results of a layer whose input dimension is sharded."""
+    return jax.lax.psum(x, TENSOR_AXIS)
+
+
+def check_tensor_parallel_size(
+    size: int, *, num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int
+) -> None:
+    """Raise if a model cannot be cut into ``size`` equal shards.
+
+    Raises:
+        ValueError: Naming the dimension that does not divide and the sizes that work.
+    """
+    valid = [
+        n
+        for n in range(1, num_heads + 1)
+        if num_heads % n == 0
+        and intermediate_size % n == 0
+        and vocab_size % n == 0
+        and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
+    ]
+    if size not in valid:
+        raise ValueError(
+            f"tensor_parallel_size {size} does not divide num_heads {num_heads}, num_kv_heads "
+            f"{num_kv_heads}, intermediate_size {intermediate_size} and vocab_size {vocab_size} "
+            f"evenly: use one of {valid}"
+        )

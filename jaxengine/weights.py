@@ -1,0 +1,171 @@
+"""Checkpoint -> sharded device arrays, one tensor at a time.
+
+Every device reads only its share. Nothing here knows a family: names come from the model, tensors
+from ``convert``, and the two must agree to the last parameter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import convert
+
+Params = dict[str, jax.Array]
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """A parameter that a model declares: shape, dtype, sharding, and what a dummy one holds."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: P
+    init: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes over all shards."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def abstract(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """The parameter as a shape, to compile with before it is loaded."""
+        sharding = NamedSharding(mesh, self.spec)
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
+
+
+def param_specs(build_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, ParamSpec]]:
+    """Build a model without memory; return its graph definition and its parameters by dotted path.
+
+    ``merge_params`` turns both and the arrays into a module again.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(build_model))
+    specs = {}
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
+        metadata = variable.get_metadata()
+        specs[".".join(map(str, path))] = ParamSpec(
+            value.shape, value.dtype, metadata["spec"], metadata["init"]
+        )
+    return (graphdef, state), specs
+
+
+def merge_params(definition: Any, params: dict[str, jax.Array]) -> nnx.Module:
+    """Put arrays into the model that ``param_specs`` has taken apart (used while tracing)."""
+    graphdef, state = definition
+    flat = [
+        (path, variable.replace(params[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def load_params(
+    checkpoint: "convert.Checkpoint",
+    specs: dict[str, ParamSpec],
+    mesh: Mesh,
+    *,
+    show_progress: bool = True,
+) -> Params:
+    """Read a stage's parameters straight to their devices.
+
+    Args:
+        checkpoint: From ``convert.open_checkpoint``.
+        specs: What the model (or its stage) declares; parameters of other stages are skipped.
+        mesh: Devices of the stage.
+        show_progress: Whether to draw a progress bar of bytes.
+
+    Raises:
+        ValueError: If the checkpoint lacks a parameter or has one of another shape.
+    """
+    params: Params = {}
+    total = sum(spec.num_bytes for spec in specs.values())
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not show_progress
+    ) as bar:
+        for source in convert.parameters(checkpoint):
+            if (spec := specs.get(source.path)) is None:
+                continue
+            params[source.path] = _place(source, spec, mesh)
+            bar.update(spec.num_bytes)
+    if missing := sorted(specs.keys() - params.keys()):
+        raise ValueError(f"the checkpoint lacks {len(missing)} parameters: {', '.join(missing)}")
+    return {path: params[path] for path in specs}
+
+
+def _place(source: "convert.Parameter", spec: ParamSpec, mesh: Mesh) -> jax.Array:
+    read = source.load
+    if source.shape != spec.shape:
+        read = _repeat_kv_heads(source, spec)
+    dtype = np.dtype(spec.dtype)
+
+    def shard(index: Index | None) -> np.ndarray:
+        return np.asarray(read(index), dtype=dtype)
+
+    return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), shard)
+
+
+def _repeat_kv_heads(
+    source: "convert.Parameter", spec: ParamSpec
+) -> Callable[[Index | None], np.ndarray]:
+    """Read a fused weight [K, G + 2, H, ...] as [K * r, G / r + 2, H, ...].
+
+    With more shards than KV heads each head is held r times, with its share of the queries.
+    """
+    heads, group = source.shape[0], source.shape[1] - 2
+    repeats = spec.shape[0] // heads
+    expected = (heads * repeats, group // max(repeats, 1) + 2, *source.shape[2:])
+    if repeats < 2 or spec.shape != expected:
+        raise ValueError(f"{source.path} has shape {source.shape}, the model needs {spec.shape}")
+    share = group // repeats
+
+    def read_head(head: int, rest: Index) -> np.ndarray:
+        whole = source.load((slice(head // repeats, head // repeats + 1), slice(None), *rest))
+        first = head % repeats * share
+        return np.concatenate([whole[:, first : first + share], whole[:, -2:]], axis=1)
+
+    def read(index: Index | None) -> np.ndarray:
+        index = index or (slice(None),) * len(spec.shape)
+        wanted = range(spec.shape[0])[index[0]]
+        stacked = np.concatenate([read_head(head, index[2:]) for head in wanted])
+        return stacked[:, index[1]]
+
+    return read
+
+
+def random_params(specs: dict[str, ParamSpec], mesh: Mesh, seed: int) -> Params:
+    """Make dummy weights on the devices: norms are 1, the rest normal with deviation 0.02."""
+    keys = _keys(seed)
+    makers: dict[Any, Callable] = {}
+    params = {}
+    for path, spec in specs.items():
+        kind = (spec.shape, spec.dtype, spec.spec, spec.init)
+        if kind not in makers:
+            makers[kind] = jax.jit(
+                _maker(spec), out_shardings=NamedSharding(mesh, spec.spec)
+            )
+        params[path] = makers[kind](next(keys))
+    return params
+
+
+def _keys(seed: int) -> Iterator[jax.Array]:
+    key = jax.random.key(seed, impl="rbg")  # the fast generator: these are gigabytes
+    number = 0
+    while True:
+        yield jax.random.fold_in(key, number)
+        number += 1
+
+
+def _maker(spec: ParamSpec) -> Callable[[jax.Array], jax.Array]:
+    if spec.init == "ones":
+        return lambda key: jnp.ones(spec.shape, spec.dtype)
+    return lambda key: jax.random.normal(key, spec.shape, spec.dtype) * 0.02
