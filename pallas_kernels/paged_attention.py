@@ -1,0 +1,200 @@
+"""Paged attention: the one op the layers call; checks, picks a backend, merges decode and prefill.
+
+A backend is a pair of functions: one for decode rows (one query token each, they come first) and
+one for ragged rows (several query tokens). A backend that cannot serve a shape raises
+NotImplementedError, and the next one in the list is asked; XLA serves everything.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention_reference import paged_attention_reference
+
+# Modules are imported when first asked: a CPU run never pays for the Pallas GPU backends.
+DECODE_FUNCTIONS = {
+    "xla": "pallas_kernels.paged_attention_xla:paged_decode_xla",
+    "triton": "pallas_kernels.paged_decode_triton:paged_decode_triton",
+    "mosaic": "pallas_kernels.paged_decode_mosaic:paged_decode_mosaic",
+}
+RAGGED_FUNCTIONS = {
+    "xla": "pallas_kernels.paged_attention_xla:ragged_attention_xla",
+    "triton": "pallas_kernels.ragged_attention_triton:ragged_attention_triton",
+    "mosaic": "pallas_kernels.ragged_attention_mosaic:ragged_attention_mosaic",
+}
+# Fastest first, by measurement (benchmarks/kernels.py).
+GPU_DECODE_ORDER = ("triton", "mosaic", "xla")
+GPU_RAGGED_ORDER = ("mosaic", "triton", "xla")
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_cache: Float[Array, "num_blocks K block_size H"],
+    v_cache: Float[Array, "num_blocks K block_size H"],
+    block_tables: Int[Array, "B W"],
+    seq_lens: Int[Array, " B"],
+    query_start_loc: Int[Array, " B_plus_1"],
+    num_decode_rows: Int[Array, ""] | int,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    decode_only: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "T N H"]:
+    """Attend each query token to its row's keys in the cache, at or before its own position.
+
+    The K/V of this step's tokens must already be in the cache. Shapes are local (under shard_map).
+
+    Args:
+        q: Packed query tokens of all rows; query head n uses KV head n // (N // K).
+        k_cache: Keys of one layer. Never NaN or Inf, not even in unused slots.
+        v_cache: Values, laid out like ``k_cache``.
+        block_tables: Physical block ids of each row; unused entries hold any valid id.
+        seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
+        query_start_loc: First token of each row, and the end of the last.
+        num_decode_rows: Rows before it have one query token, and row r's is token r.
+        scale: Factor on q . k.
+        sliding_window: A query at position p sees keys in (p - sliding_window, p].
+        logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
+        alibi_slopes: slope[n] * (key position - query position) is added to the scores.
+        decode_only: Every row is a decode row or padding, T == B; ``query_start_loc`` and
+            ``num_decode_rows`` are not read.
+        implementation: "reference", "xla", "triton" or "mosaic"; None takes the fastest one of
+            the platform that serves the shape.
+
+    Returns:
+        Attention output in q.dtype; 0 for padding tokens.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree, or ``implementation`` is unknown.
+        NotImplementedError: If the named ``implementation`` does not serve this shape.
+    """
+    _check(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes)
+    _check_options(q, block_tables, sliding_window, logits_soft_cap, decode_only, implementation)
+    options = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "logits_soft_cap": logits_soft_cap,
+        "alibi_slopes": alibi_slopes,
+    }
+    if implementation == "reference":
+        if decode_only:  # the tokens of padding rows see no key: their seq_len is 0
+            query_start_loc = jnp.arange(q.shape[0] + 1)
+        return paged_attention_reference(
+            q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, **options
+        )
+
+    # Decode rows are the first tokens, so there are no more of them than tokens.
+    rows = min(q.shape[0], block_tables.shape[0])
+    decode_lens = seq_lens
+    if not decode_only:
+        decode_lens = jnp.where(jnp.arange(seq_lens.shape[0]) < num_decode_rows, seq_lens, 0)
+    decoded = _first_that_serves(
+        DECODE_FUNCTIONS,
+        _order(implementation, GPU_DECODE_ORDER),
+        (q[:rows], k_cache, v_cache, block_tables[:rows], decode_lens[:rows]),
+        options,
+    )
+    if decode_only:
+        return decoded
+    ragged = _first_that_serves(
+        RAGGED_FUNCTIONS,
+        _order(implementation, GPU_RAGGED_ORDER),
+        (
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            query_start_loc,
+            jnp.asarray(num_decode_rows, jnp.int32),
+        ),
+        options,
+    )
+    token = jnp.arange(q.shape[0])[:, None, None]
+    ragged = jnp.where(token < query_start_loc[-1], ragged, 0)
+    head = jnp.where(token[:rows] < num_decode_rows, decoded, ragged[:rows])
+    return jax.lax.dynamic_update_slice(ragged, head, (0, 0, 0))
+
+
+def _order(implementation: str | None, gpu_order: Sequence[str]) -> Sequence[str]:
+    if implementation is not None:
+        return (implementation,)
+    return gpu_order if jax.default_backend() == "gpu" else ("xla",)
+
+
+def _first_that_serves(
+    functions: dict[str, str],
+    order: Sequence[str],
+    arrays: tuple[jax.Array, ...],
+    options: dict[str, object],
+) -> jax.Array:
+    refusals = []
+    for name in order:
+        try:
+            return _load(functions[name])(*arrays, **options)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("; ".join(refusals))
+
+
+def _load(location: str) -> Callable[..., jax.Array]:
+    module, function = location.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise NotImplementedError(f"{module} cannot be imported here: {error}") from error
+
+
+def _check(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_start_loc: jax.Array,
+    alibi_slopes: jax.Array | None,
+) -> None:
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"k_cache is {k_cache.shape} but v_cache is {v_cache.shape}")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"q is {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}")
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[2]} but the cache has {k_cache.shape[3]}")
+    if q.shape[1] % k_cache.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads do not divide by {k_cache.shape[1]} KV heads")
+    if k_cache.shape[2] % 8:
+        raise ValueError(f"block_size {k_cache.shape[2]} is not a multiple of 8")
+    num_rows = block_tables.shape[0]
+    if seq_lens.shape != (num_rows,) or query_start_loc.shape != (num_rows + 1,):
+        raise ValueError(
+            f"block_tables has {num_rows} rows but seq_lens is {seq_lens.shape} and "
+            f"query_start_loc is {query_start_loc.shape}"
+        )
+    if alibi_slopes is not None and alibi_slopes.shape != (q.shape[1],):
+        raise ValueError(f"alibi_slopes is {alibi_slopes.shape}, not one for {q.shape[1]} heads")
+
+
+def _check_options(
+    q: jax.Array,
+    block_tables: jax.Array,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    decode_only: bool,
+    implementation: str | None,
+) -> None:
+    if implementation not in (None, "reference", *DECODE_FUNCTIONS):
+        known = ", ".join(("reference", *DECODE_FUNCTIONS))
+        raise ValueError(f"implementation {implementation!r} is not one of {known}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; use None for no window")
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        raise ValueError(f"logits_soft_cap is {logits_soft_cap}; use None for no cap")
+    if decode_only and q.shape[0] != block_tables.shape[0]:
+        raise ValueError(f"decode_only needs one token a row: {q.shape[0]} tokens, "
+                         f"{block_tables.shape[0]} rows")  # fmt: skip
