@@ -6,7 +6,8 @@ NotImplementedError, and the next one in the list is asked; XLA serves everythin
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def paged_attention(
     """
     _check(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes)
     _check_options(q, block_tables, sliding_window, logits_soft_cap, decode_only, implementation)
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,
         "logits_soft_cap": logits_soft_cap,
@@ -132,7 +133,7 @@ def _first_that_serves(
     functions: dict[str, str],
     order: Sequence[str],
     arrays: tuple[jax.Array, ...],
-    options: dict[str, object],
+    options: Mapping[str, Any],
 ) -> jax.Array:
     refusals = []
     for name in order:
