@@ -1,0 +1,128 @@
+"""Ragged prefill attention kernels against the plain jnp reference, on small ragged batches."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention_reference import paged_attention_reference
+from pallas_kernels.ragged_attention_triton import RaggedTritonConfig, ragged_attention_triton
+
+SMALL = RaggedTritonConfig(rows=16, tile_kv=16, num_warps=4, num_stages=2)
+
+
+@dataclass
+class Batch:
+    """Rows of (query length, KV length), packed, with shuffled blocks and padding at the end."""
+
+    rows: list[tuple[int, int]]
+    num_decode_rows: int = 0
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    block_size: int = 8
+    padding_tokens: int = 0
+    padding_rows: int = 0
+    dtype: Any = jnp.bfloat16
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        rng = np.random.default_rng(0)
+        query_lens = [query for query, _ in self.rows] + [0] * self.padding_rows
+        seq_lens = [length for _, length in self.rows] + [0] * self.padding_rows
+        num_blocks = [-(-length // self.block_size) for length in seq_lens]
+        ids = 1 + rng.permutation(sum(num_blocks))
+        tables = np.zeros((len(seq_lens), max(num_blocks)), np.int32)
+        for row, count in enumerate(num_blocks):
+            tables[row, :count], ids = ids[:count], ids[count:]
+        cache_shape = (sum(num_blocks) + 1, self.num_kv_heads, self.block_size, self.head_dim)
+        q_shape = (sum(query_lens) + self.padding_tokens, self.num_heads, self.head_dim)
+        q, k, v = (
+            jnp.asarray(rng.standard_normal(shape), self.dtype)
+            for shape in (q_shape, cache_shape, cache_shape)
+        )
+        return (
+            q,
+            k,
+            v,
+            jnp.asarray(tables),
+            jnp.asarray(seq_lens, jnp.int32),
+            jnp.asarray(np.cumsum([0, *query_lens]), jnp.int32),
+            jnp.asarray(self.num_decode_rows, jnp.int32),
+        )
+
+    def all_options(self) -> dict[str, Any]:
+        return {"scale": self.head_dim**-0.5, **self.options}
+
+    def expected(self) -> np.ndarray:
+        """The reference, with zeros for the tokens that the ragged kernels leave alone."""
+        reference = paged_attention_reference(*self.arrays()[:-1], **self.all_options())
+        return np.asarray(reference, np.float32).copy()
+
+
+def check(batch: Batch, out: jax.Array) -> None:
+    expected = batch.expected()
+    expected[: batch.num_decode_rows] = 0  # one token each, left to the decode kernel
+    assert out.dtype == batch.dtype
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-2, rtol=2e-2)
+
+
+BATCHES = {
+    "one_row_without_a_cached_prefix": Batch([(20, 20)]),
+    "chunks_on_top_of_different_prefixes": Batch([(5, 40), (17, 18), (33, 70)]),
+    "rows_of_one_query_that_are_not_decode_rows": Batch([(1, 1), (1, 30), (9, 9)]),
+    "decode_rows_first": Batch([(1, 12), (1, 50), (1, 3), (21, 29)], num_decode_rows=3),
+    "decode_rows_only": Batch([(1, 12), (1, 50)], num_decode_rows=2),
+    "padding_rows_and_tokens": Batch([(11, 19), (6, 6)], padding_tokens=15, padding_rows=3),
+    "multi_head": Batch([(19, 35)], num_heads=3, num_kv_heads=3),
+    "group_of_three": Batch([(19, 35), (4, 9)], num_heads=6, num_kv_heads=2),
+    "group_of_four_two_kv_heads": Batch([(19, 35), (4, 9)], num_heads=8, num_kv_heads=2),
+    "float16": Batch([(19, 35)], dtype=jnp.float16),
+    "block_size_32": Batch([(19, 35), (8, 70)], block_size=32),
+    "sliding_window": Batch([(40, 75), (9, 9)], options={"sliding_window": 11}),
+    "sliding_window_of_one_key": Batch([(20, 30)], options={"sliding_window": 1}),
+    "sliding_window_longer_than_the_row": Batch([(20, 30)], options={"sliding_window": 64}),
+    "soft_cap": Batch([(19, 35)], options={"logits_soft_cap": 2.0}),
+    "alibi": Batch([(19, 35)], options={"alibi_slopes": jnp.array([0.5, 0.125])}),
+    "window_cap_and_alibi_together": Batch(
+        [(3, 60), (26, 31)],
+        options={
+            "sliding_window": 20,
+            "logits_soft_cap": 5.0,
+            "alibi_slopes": jnp.array([0.5, 0.125]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_triton_equals_the_reference(name: str) -> None:
+    batch = BATCHES[name]
+    out = ragged_attention_triton(
+        *batch.arrays(), **batch.all_options(), config=SMALL, interpret=True
+    )
+    check(batch, out)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_triton_serves_head_dim(head_dim: int) -> None:
+    batch = Batch([(7, 20), (3, 3)], head_dim=head_dim)
+    out = ragged_attention_triton(
+        *batch.arrays(), **batch.all_options(), config=SMALL, interpret=True
+    )
+    check(batch, out)
+
+
+def test_triton_refuses_float32() -> None:
+    batch = Batch([(3, 3)], dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match="float32"):
+        ragged_attention_triton(*batch.arrays(), **batch.all_options(), interpret=True)
+
+
+def test_triton_refuses_a_head_dim_over_256() -> None:
+    batch = Batch([(3, 3)], head_dim=512)
+    with pytest.raises(NotImplementedError, match="512"):
+        ragged_attention_triton(*batch.arrays(), **batch.all_options(), interpret=True)

@@ -1,0 +1,63 @@
+"""Every shipped configuration of the ragged kernels lowers for an H100, on a machine without one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.ragged_attention_triton import ragged_attention_triton
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+OPTIONS = {
+    "plain": {},
+    "window_cap_and_alibi": {"sliding_window": 100, "logits_soft_cap": 30.0, "alibi": True},
+}
+
+
+def lower(
+    attention: Callable[..., jax.Array],
+    *,
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_dim: int = 128,
+    block_size: int = 16,
+    dtype: Any = jnp.bfloat16,
+    alibi: bool = False,
+    **options: Any,
+) -> str:
+    """Return the program lowered for CUDA, as text."""
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        slopes = jnp.ones((num_heads,)) if alibi else None
+        return attention(*arrays, scale=0.1, alibi_slopes=slopes, **options)
+
+    cache = jax.ShapeDtypeStruct((9, num_kv_heads, block_size, head_dim), dtype)
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (4,), (5,), ())]
+    q = jax.ShapeDtypeStruct((256, num_heads, head_dim), dtype)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(call).trace(q, cache, cache, *integers)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_triton_lowers(head_dim: int, options: str) -> None:
+    text = lower(ragged_attention_triton, head_dim=head_dim, **OPTIONS[options])
+    assert "ragged_attention_triton" in text
+
+
+@pytest.mark.parametrize("num_heads", [2, 6, 14, 16])
+def test_triton_lowers_for_group(num_heads: int) -> None:
+    lower(ragged_attention_triton, num_heads=num_heads)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 64])
+def test_triton_lowers_for_block_size(block_size: int) -> None:
+    lower(ragged_attention_triton, block_size=block_size)
+
+
+def test_triton_lowers_for_float16() -> None:
+    lower(ragged_attention_triton, dtype=jnp.float16)
