@@ -22,7 +22,7 @@ class RaggedTiles(NamedTuple):
     num_tokens: jax.Array  # [num_tiles] int32 valid query tokens, at most tile_q
     position: jax.Array  # [num_tiles] int32 position of the first query token in its sequence;
     #   position + num_tokens is the number of keys the tile sees, none of them if it is <= 0
-    count: jax.Array  # [1] int32 number of tiles that are not empty
+    num_tiles: jax.Array  # [1] int32 number of tiles that are not empty
 
 
 def max_num_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:

@@ -1,4 +1,4 @@
-"""Every shipped configuration of the ragged kernels lowers for an H100, on a machine without one."""
+"""Every shipped configuration of the ragged kernels lowers for an H100, without one at hand."""
 
 from collections.abc import Callable
 from typing import Any

@@ -28,7 +28,7 @@ def used(tiles: RaggedTiles) -> list[tuple[int, ...]]:
 def test_the_tiles_of_a_row_come_longest_context_first() -> None:
     tiles = build([10], [10], 0, num_tokens=10)
     assert used(tiles) == [(0, 8, 2, 8), (0, 4, 4, 4), (0, 0, 4, 0)]
-    assert tiles.count.tolist() == [3]
+    assert tiles.num_tiles.tolist() == [3]
 
 
 def test_rows_are_ordered_by_context_and_offset_by_their_cached_prefix() -> None:
@@ -54,7 +54,7 @@ def test_the_static_length_holds_any_batch() -> None:
         query_lens = rng.integers(1, 12, size=rng.integers(1, 6)).tolist()
         num_tokens = sum(query_lens) + int(rng.integers(0, 9))
         tiles = build(query_lens, query_lens, 0, num_tokens)
-        assert tiles.count[0] <= max_num_tiles(num_tokens, len(query_lens), 4) == len(tiles.row)
+        assert tiles.num_tiles[0] <= max_num_tiles(num_tokens, len(query_lens), 4) == len(tiles.row)
         covered = sorted(
             t for _, first, count, _ in used(tiles) for t in range(first, first + count)
         )
