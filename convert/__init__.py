@@ -1,0 +1,14 @@
+"""Reads model checkpoints of any format, and writes them as Orbax checkpoints of our tree."""
+
+from convert import llama, mistral, qwen2, qwen3
+from convert.checkpoint import Checkpoint
+from convert.parameters import Parameter, parameters
+from convert.readers import open_checkpoint
+from convert.rules import register_family
+
+__all__ = ["Checkpoint", "Parameter", "open_checkpoint", "parameters", "register_family"]
+
+register_family("LlamaForCausalLM", llama.rules)
+register_family("MistralForCausalLM", mistral.rules)
+register_family("Qwen2ForCausalLM", qwen2.rules)
+register_family("Qwen3ForCausalLM", qwen3.rules)

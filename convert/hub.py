@@ -1,0 +1,62 @@
+"""Fetches a model from the Hugging Face hub into its local cache, weights in one format only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from convert.checkpoint import TOKENIZER_FILE_NAMES
+
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILE_NAMES)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether the text reads as "organisation/model"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
+def fetch(name: str) -> Path:
+    """The directory of the model in the local cache, fetched if it is not there.
+
+    Args:
+        name: "organisation/model".
+
+    Raises:
+        ValueError: If the hub cannot be reached or has no such model for this user.
+    """
+    # Safetensors first and pickles only where there are none: a hub model often has both.
+    directory = _snapshot(name, ("*.safetensors", "model.safetensors.index.json"))
+    if not any(directory.glob("*.safetensors")):
+        directory = _snapshot(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+    return directory
+
+
+def _snapshot(name: str, weights: tuple[str, ...]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=[*SMALL_FILES, *weights],
+                # Sub-folders and consolidated* hold the same weights once more, in other layouts.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"the model {name!r} is gated: ask for access on its hub page, then set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"the hub has no model {name!r} that you may read: check the name, set HF_TOKEN if it "
+            "is private, or give a local directory"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{name!r} is no local path, and the hub could not be reached to fetch it "
+            f"({type(error).__name__}). Give a local directory or GGUF file; or fix the network "
+            "(HF_ENDPOINT names a mirror); or, if the model was fetched before, set "
+            "HF_HUB_OFFLINE=1 to use the cached files only."
+        ) from None
