@@ -18,6 +18,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import convert
+from convert import Checkpoint, Parameter, open_checkpoint
+
+__all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_checkpoint",
+           "param_specs", "random_params"]  # fmt: skip
 
 Params = dict[str, jax.Array]
 Index = tuple[slice, ...]
@@ -70,7 +74,7 @@ def merge_params(definition: Any, params: dict[str, jax.Array]) -> nnx.Module:
 
 
 def load_params(
-    checkpoint: "convert.Checkpoint",
+    checkpoint: Checkpoint,
     specs: dict[str, ParamSpec],
     mesh: Mesh,
     *,
@@ -89,10 +93,11 @@ def load_params(
     """
     params: Params = {}
     total = sum(spec.num_bytes for spec in specs.values())
+    dtype = str(np.dtype(next(iter(specs.values())).dtype))
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not show_progress
     ) as bar:
-        for source in convert.parameters(checkpoint):
+        for source in convert.parameters(checkpoint, dtype):
             if (spec := specs.get(source.path)) is None:
                 continue
             params[source.path] = _place(source, spec, mesh)
@@ -102,20 +107,15 @@ def load_params(
     return {path: params[path] for path in specs}
 
 
-def _place(source: "convert.Parameter", spec: ParamSpec, mesh: Mesh) -> jax.Array:
+def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
     read = source.load
     if source.shape != spec.shape:
         read = _repeat_kv_heads(source, spec)
-    dtype = np.dtype(spec.dtype)
-
-    def shard(index: Index | None) -> np.ndarray:
-        return np.asarray(read(index), dtype=dtype)
-
-    return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), shard)
+    return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), read)
 
 
 def _repeat_kv_heads(
-    source: "convert.Parameter", spec: ParamSpec
+    source: Parameter, spec: ParamSpec
 ) -> Callable[[Index | None], np.ndarray]:
     """Read a fused weight [K, G + 2, H, ...] as [K * r, G / r + 2, H, ...].
 

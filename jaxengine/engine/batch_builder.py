@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxengine.batch import StepShape
 from jaxengine.engine.buckets import Buckets
-from jaxengine.engine.scheduler import SchedulerOutput
+from jaxengine.engine.scheduler_output import SchedulerOutput
 
 NEWEST_TOKEN = -1  # stands for the row's newest sampled token, which only the device knows
 
@@ -73,19 +73,17 @@ def _views(shape: StepShape, packed: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _fill_token_ids(token_ids: np.ndarray, step: SchedulerOutput) -> None:
-    """Store each row's tokens; those the host does not know yet become NEWEST_TOKEN."""
+    """Store each row's tokens; a newest token may be on the device only, but only as a single one."""
     n = step.num_decode_rows
     token_ids[:n] = [
-        known[position] if position < len(known) else NEWEST_TOKEN
-        for known, position in (
-            (row.request.all_token_ids, row.num_computed_tokens) for row in step.rows[:n]
-        )
+        NEWEST_TOKEN
+        if row.is_token_on_device
+        else row.request.all_token_ids[row.num_computed_tokens]
+        for row in step.rows[:n]
     ]
     for row in step.rows[n:]:
         start, count = row.num_computed_tokens, row.num_scheduled_tokens
-        known = row.request.all_token_ids[start : start + count]
-        token_ids[n : n + len(known)] = known
-        token_ids[n + len(known) : n + count] = NEWEST_TOKEN
+        token_ids[n : n + count] = row.request.all_token_ids[start : start + count]
         n += count
 
 

@@ -1,0 +1,264 @@
+"""Puts an engine together from EngineConfig, whose only reader this is."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import jax
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine import memory
+from jaxengine.engine.block_pool import BlockPool
+from jaxengine.engine.buckets import Buckets
+from jaxengine.engine.engine import MAX_IN_FLIGHT, Engine
+from jaxengine.engine.kv_cache import KVCacheSpec
+from jaxengine.engine.model_runner import ModelParts, ModelRunner
+from jaxengine.engine.scheduler import Scheduler
+from jaxengine.models.decoder import ModelOptions
+from jaxengine.models.registry import ModelRegistry
+from jaxengine.sharding import check_tensor_parallel_size, make_mesh
+from jaxengine.weights import Checkpoint, load_params, param_specs, random_params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class StartupTimes:
+    """Seconds of each part of the start; ``compile_s`` runs beside ``load_s``."""
+
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    num_programs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What EngineConfig leaves open, decided from model and device."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    min_mixed_tokens: int
+    compiles_at_start: bool
+
+
+def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device) -> Limits:
+    """Fill in the limits that the user left open, as vLLM does.
+
+    Raises:
+        ValueError: If ``max_model_len`` is more than the model was made for.
+    """
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings and model.rope.rope_type == "default":
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than the model's max_position_embeddings "
+            f"{model.max_position_embeddings}: lower it, or set rope_scaling with --hf-overrides"
+        )
+    is_cpu = device.platform == "cpu"
+    is_hopper = any(name in device.device_kind for name in ("H100", "H200", "B200", "GH200"))
+    tokens, seqs = (16384, 1024) if is_hopper else (4096, 256) if is_cpu else (8192, 256)
+    max_num_seqs = config.max_num_seqs or seqs
+    budget = config.max_num_batched_tokens or max(tokens, max_num_seqs)
+    if budget < max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: every "
+            "running request needs one token a step"
+        )
+    if not config.enable_chunked_prefill:
+        budget = max(budget, max_model_len)
+    return Limits(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        min_mixed_tokens=min(16 if is_cpu else 64, budget),
+        compiles_at_start=not (is_cpu or config.enforce_eager),
+    )
+
+
+def build_engine(
+    config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: frozenset[int]
+) -> tuple[Engine, StartupTimes]:
+    """Load a model and make it ready to serve.
+
+    Raises:
+        ValueError: If the model is not supported, the checkpoint is damaged, the flags
+            contradict each other, or memory does not suffice.
+    """
+    devices = jax.devices()
+    size = config.tensor_parallel_size
+    if size > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size {size} needs {size} devices but there are {len(devices)}: "
+            f"use at most {len(devices)}"
+        )
+    model = read_model_config(config, checkpoint, devices[0])
+    limits = resolve_limits(config, model, devices[0])
+    parts, cache_spec = _build_parts(config, model, limits, devices[:size])
+    runner = ModelRunner(
+        parts,
+        cache_spec=cache_spec,
+        buckets=Buckets(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            min_mixed_tokens=limits.min_mixed_tokens,
+        ),
+        max_num_seqs=limits.max_num_seqs,
+        max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
+    )
+    times = StartupTimes()
+    num_blocks = _start_runner(runner, config, parts, cache_spec, limits, checkpoint, times)
+    scheduler = Scheduler(
+        block_pool=BlockPool(num_blocks, config.block_size, config.enable_prefix_caching),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        policy=config.scheduling_policy,
+        max_in_flight=MAX_IN_FLIGHT if config.async_scheduling else 1,
+        sliding_window=model.uniform_sliding_window,
+    )
+    engine = Engine(
+        scheduler,
+        runner,
+        model_config=model,
+        eos_token_ids=eos_token_ids,
+        seed=config.seed,
+        max_in_flight=MAX_IN_FLIGHT if config.async_scheduling else 1,
+    )
+    return engine, times
+
+
+def read_model_config(
+    config: EngineConfig, checkpoint: Checkpoint, device: jax.Device
+) -> ModelConfig:
+    """Translate the checkpoint's config; ``auto`` keeps 16-bit types as they are stored.
+
+    float32 and quantised checkpoints are served in float32 on a CPU, which has no faster type,
+    and in bfloat16 on a GPU.
+    """
+    hf = {**checkpoint.hf_config, **config.hf_overrides}
+    if not hf.get("architectures"):
+        raise ValueError("config.json names no architecture: add an 'architectures' list to it")
+    ModelRegistry.resolve(hf["architectures"][0])
+    dtype = config.dtype
+    stored = str(hf.get("dtype") or hf.get("torch_dtype") or "").removeprefix("torch.")
+    if dtype == "auto" and stored not in ("bfloat16", "float16"):
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    return ModelConfig.from_hf(hf, dtype)
+
+
+def _build_parts(
+    config: EngineConfig, model: ModelConfig, limits: Limits, devices: Sequence[jax.Device]
+) -> tuple[ModelParts, KVCacheSpec]:
+    check_tensor_parallel_size(
+        len(devices),
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+    )
+    options = ModelOptions(
+        num_kv_heads=max(model.num_kv_heads, len(devices)),
+        max_model_len=limits.max_model_len,
+        attention_backend=config.attention_backend,
+    )
+    factory = ModelRegistry.resolve(model.architecture)
+    definition, specs = param_specs(lambda: factory(model, options))
+    cache_spec = KVCacheSpec(
+        num_layers=model.num_layers,
+        num_kv_heads=options.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=model.dtype,
+    )
+    return ModelParts(definition, specs, make_mesh(devices), model.vocab_size), cache_spec
+
+
+def _start_runner(
+    runner: ModelRunner,
+    config: EngineConfig,
+    parts: ModelParts,
+    cache_spec: KVCacheSpec,
+    limits: Limits,
+    checkpoint: Checkpoint,
+    times: StartupTimes,
+) -> int:
+    """Load weights, size the cache, compile; return the number of KV blocks."""
+    num_blocks, table = _plan_memory(runner, config, parts, cache_spec, limits)
+    started = time.perf_counter()
+    if config.load_format == "dummy":
+        params = random_params(parts.specs, parts.mesh, config.seed)
+    else:
+        show_progress = not config.disable_log_stats
+        params = load_params(checkpoint, parts.specs, parts.mesh, show_progress=show_progress)
+    jax.block_until_ready(params)
+    times.load_s = time.perf_counter() - started
+    runner.start(params, num_blocks)
+    started = time.perf_counter()
+    if limits.compiles_at_start:
+        runner.compile_all(
+            max_workers=max(1, (os.cpu_count() or 2) - 1),
+            show_progress=not config.disable_log_stats,
+        )
+    times.compile_s = time.perf_counter() - started
+    times.num_programs = len(runner.compile_seconds)
+    logger.info("memory of %s:\n%s", parts.mesh.devices.flat[0].device_kind, table)
+    return num_blocks
+
+
+def _plan_memory(
+    runner: ModelRunner,
+    config: EngineConfig,
+    parts: ModelParts,
+    cache_spec: KVCacheSpec,
+    limits: Limits,
+) -> tuple[int, str]:
+    """Decide the number of KV blocks; return it and the account as a table."""
+    device = parts.mesh.devices.flat[0]
+    num_shards = parts.mesh.size
+    block_bytes = cache_spec.block_bytes // num_shards
+    weight_bytes = sum(
+        spec.num_bytes // (num_shards if any(spec.spec) else 1) for spec in parts.specs.values()
+    )
+    blocks_per_seq = -(-limits.max_model_len // config.block_size)
+    most_useful = limits.max_num_seqs * blocks_per_seq + 1
+    if config.num_gpu_blocks_override or config.kv_cache_memory_bytes or device.platform == "cpu":
+        bytes_wanted = config.kv_cache_memory_bytes or memory.DEFAULT_CPU_CACHE_BYTES
+        num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
+        total = limit = weight_bytes + runner.state_bytes + num_blocks * block_bytes
+        step_bytes = 0
+    else:
+        total, limit = memory.device_limit(device, config.gpu_memory_utilization)
+        step_bytes = _largest_step_bytes(runner, limits, limit, weight_bytes, block_bytes)
+        num_blocks = memory.num_blocks_that_fit(
+            limit_bytes=limit,
+            weight_bytes=weight_bytes,
+            step_bytes=step_bytes,
+            state_bytes=runner.state_bytes,
+            block_bytes=block_bytes,
+        )
+        num_blocks = min(num_blocks, most_useful)
+    budget = memory.MemoryBudget(
+        total_bytes=total,
+        limit_bytes=limit,
+        weight_bytes=weight_bytes,
+        step_bytes=step_bytes,
+        state_bytes=runner.state_bytes,
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+    )
+    return num_blocks, budget.table()
+
+
+def _largest_step_bytes(
+    runner: ModelRunner, limits: Limits, limit: int, weight_bytes: int, block_bytes: int
+) -> int:
+    """Compile the largest step once, with a cache of about the right size, and measure it."""
+    shape = runner.largest_shape
+    guess = max(2, int((limit - weight_bytes) * 0.9) // block_bytes)
+    needs = runner.measure(shape, guess)
+    return needs.temp_bytes + needs.output_bytes

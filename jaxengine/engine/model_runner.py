@@ -1,0 +1,214 @@
+"""ModelRunner: owns weights, KV cache and the compiled steps; turns a SchedulerOutput into tokens.
+
+It never waits for the device: ``execute`` returns a PendingStep whose tokens are read later.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxengine.batch import StepShape
+from jaxengine.engine.batch_builder import BatchBuilder, TableUpdates
+from jaxengine.engine.buckets import Buckets
+from jaxengine.engine.kv_cache import KVCacheSpec
+from jaxengine.engine.sampler import SamplerOutput, sample
+from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
+from jaxengine.engine.scheduler_output import SchedulerOutput
+from jaxengine.engine.step import apply_table_updates, make_forward, sample_greedy
+from jaxengine.sharding import replicated
+from jaxengine.weights import Params, ParamSpec
+
+TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingStep:
+    """A dispatched step: what was scheduled, and its tokens, still on the device.
+
+    Attributes:
+        sampled: Token ids [B] (and logprobs) of the padded rows.
+        prompt_logprobs: Row index -> device results, for rows that asked for them.
+    """
+
+    scheduler_output: SchedulerOutput
+    sampled: SamplerOutput
+    dispatched_s: float
+
+    def token_ids(self) -> np.ndarray:
+        """Wait for the step and return the token ids of its real rows."""
+        return np.asarray(self.sampled.token_ids)[: len(self.scheduler_output.rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """What one compiled step needs besides its arguments, in bytes on one device."""
+
+    temp_bytes: int
+    output_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelParts:
+    """A model taken apart: how to build it, what it holds, where it lives.
+
+    Attributes:
+        definition: From ``param_specs``.
+        specs: Its parameters.
+        mesh: The devices of its shards.
+        vocab_size: V.
+    """
+
+    definition: Any
+    specs: dict[str, ParamSpec]
+    mesh: Mesh
+    vocab_size: int
+
+
+class ModelRunner:
+    """Runs steps on one tensor-parallel group.
+
+    Args:
+        parts: The model.
+        cache_spec: Shape of its KV cache.
+        buckets: The padded step sizes.
+        max_num_seqs: Slots of device-side state.
+        max_blocks_per_seq: Width of the block tables.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        *,
+        cache_spec: KVCacheSpec,
+        buckets: Buckets,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+    ) -> None:
+        self._parts = parts
+        self._cache_spec = cache_spec
+        self._buckets = buckets
+        self._builder = BatchBuilder(buckets, max_num_seqs)
+        self._max_num_seqs = max_num_seqs
+        self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
+        self._compiled: dict[StepShape, Callable] = {}
+        self._params: Params = {}
+        self._num_blocks = 0
+        self.sampling_state = SamplingState(max_num_seqs, parts.vocab_size)
+        self.compile_seconds: dict[StepShape, float] = {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Block tables, and the logits of two steps in flight, in bytes on one device."""
+        table = 4 * self._table_shape[0] * self._table_shape[1]
+        logits = 4 * self._max_num_seqs * self._parts.vocab_size
+        return 2 * table + 2 * logits
+
+    def measure(self, shape: StepShape, num_blocks: int) -> StepMemory:
+        """Compile a shape with a cache of ``num_blocks`` and return what XLA says it needs."""
+        self._set_num_blocks(num_blocks)
+        analysis = self._compile(shape).memory_analysis()
+        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return StepMemory(analysis.temp_size_in_bytes, max(outputs, 0))
+
+    def start(self, params: Params, num_blocks: int) -> None:
+        """Take the weights and allocate the KV cache and the device-side state."""
+        self._set_num_blocks(num_blocks)
+        mesh = self._parts.mesh
+        self._params = params
+        self._caches = self._cache_spec.allocate(num_blocks, mesh)
+        self._tables = jax.device_put(np.zeros(self._table_shape, np.int32), replicated(mesh))
+        self._last_tokens = jax.device_put(
+            np.zeros(self._max_num_seqs, np.int32), replicated(mesh)
+        )
+
+    def compile_all(self, *, max_workers: int, show_progress: bool) -> None:
+        """Compile every step shape, several at a time, so that none compiles during a run."""
+        shapes = [s for s in self._buckets.all_shapes() if s not in self._compiled]
+        with (
+            concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
+            tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
+        ):
+            for _ in pool.map(self._compile, shapes):
+                bar.update()
+
+    def execute(self, step: SchedulerOutput) -> PendingStep:
+        """Dispatch a step; returns at once."""
+        for request in step.admitted:
+            self.sampling_state.set_slot(
+                request.slot,
+                request.sampling_params,
+                request.seed,
+                request.prompt_token_ids,
+                request.stop_token_ids,
+            )
+        shape, packed, overflow = self._builder.build(step)
+        if overflow is not None:
+            self._apply_overflow(overflow)
+        forward = self._compiled.get(shape) or self._compile(shape)
+        self._caches, self._tables, logits, sample_slots = forward(
+            self._params, self._caches, self._tables, self._last_tokens, packed
+        )
+        sampled = self._sample(step, shape, logits, sample_slots)
+        sampled.token_ids.copy_to_host_async()
+        return PendingStep(step, sampled, time.perf_counter())
+
+    def _sample(
+        self, step: SchedulerOutput, shape: StepShape, logits: jax.Array, sample_slots: jax.Array
+    ) -> SamplerOutput:
+        variant, layout, packed = self.sampling_state.build_rows(step.rows, shape.num_rows)
+        if variant == GREEDY:
+            self._last_tokens, token_ids = sample_greedy(logits, self._last_tokens, sample_slots)
+            return SamplerOutput(token_ids)
+        self._last_tokens, sampled = sample(
+            logits, packed, self._last_tokens, variant=variant, layout=layout
+        )
+        return sampled
+
+    def _apply_overflow(self, updates: TableUpdates) -> None:
+        for start in range(0, updates.shape[1], TABLE_UPDATE_SIZE):
+            part = updates[:, start : start + TABLE_UPDATE_SIZE]
+            padding = TABLE_UPDATE_SIZE - part.shape[1]
+            rows_past_the_end = [[self._table_shape[0]], [0], [0]]
+            part = np.concatenate([part, np.repeat(rows_past_the_end, padding, axis=1)], axis=1)
+            self._tables = apply_table_updates(self._tables, part.astype(np.int32))
+
+    def _set_num_blocks(self, num_blocks: int) -> None:
+        if num_blocks != self._num_blocks:
+            self._compiled.clear()  # the cache's shape is part of every program
+            self._num_blocks = num_blocks
+
+    def _compile(self, shape: StepShape) -> Any:
+        if shape in self._compiled:
+            return self._compiled[shape]
+        started = time.perf_counter()
+        mesh, specs = self._parts.mesh, self._parts.specs
+        forward = make_forward(
+            shape,
+            definition=self._parts.definition,
+            specs=specs,
+            mesh=mesh,
+            block_size=self._cache_spec.block_size,
+            num_layers=self._cache_spec.num_layers,
+        )
+
+        def ints(*dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))
+
+        lowered = forward.lower(
+            {path: spec.abstract(mesh) for path, spec in specs.items()},
+            self._cache_spec.abstract(self._num_blocks, mesh),
+            ints(*self._table_shape),
+            ints(self._max_num_seqs),
+            ints(shape.packed_size),
+        )
+        self._compiled[shape] = lowered.compile()
+        self.compile_seconds[shape] = time.perf_counter() - started
+        return self._compiled[shape]
