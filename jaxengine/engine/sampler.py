@@ -1,0 +1,189 @@
+"""Logits -> token ids, on the device: one pure function, compiled per ``SamplerVariant``.
+
+Order of operations: raw logprobs, float32, allowed tokens, bad words, biases (logit_bias
+and min_tokens), penalties, then greedy or temperature, min_p, top_k, top_p and a sample.
+
+The engine dispatches a step before it knows the tokens of the last one. So a row's newest
+token may be on the device only, in ``last_tokens[slot]``: it is *pending*, missing in the
+history that the host sent, and added here.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxengine.engine.logprobs import TokenLogprobs, token_logprobs
+from jaxengine.engine.random_stream import gumbel_noise, stream_keys
+from jaxengine.engine.sampling_extras import PROMPT_TOKEN
+from jaxengine.engine.sampling_inputs import (
+    FLOAT_FIELDS,
+    PackedLayout,
+    SamplerVariant,
+    SamplingRows,
+)
+from jaxengine.engine.truncation import order_keys, truncation_threshold
+
+
+class SamplerOutput(NamedTuple):
+    """What a step sampled.
+
+    Attributes:
+        token_ids: [B] int32; meaningless in rows that do not sample.
+        logprobs: Raw logprobs; None if no row wants them.
+    """
+
+    token_ids: jax.Array
+    logprobs: TokenLogprobs | None
+
+
+def unpack_rows(packed: Int[Array, " P"], layout: PackedLayout) -> SamplingRows:
+    """Cut the packed vector of ``SamplingState.build_rows`` into its fields, inside jit.
+
+    Args:
+        packed: The vector, or a longer one that begins with it.
+        layout: Static.
+    """
+    fields = {}
+    for name, offset, shape in layout.fields:
+        field = lax.slice(packed, (offset,), (offset + math.prod(shape),)).reshape(shape)
+        is_float = name in FLOAT_FIELDS
+        fields[name] = lax.bitcast_convert_type(field, jnp.float32) if is_float else field
+    return SamplingRows(**fields)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    last_tokens: Int[Array, " S"],
+    *,
+    variant: SamplerVariant,
+) -> tuple[Int[Array, " S"], SamplerOutput]:
+    """Choose the next token of each row.
+
+    Args:
+        logits: The model's output, any float type.
+        rows: The batch's sampling parameters.
+        last_tokens: Newest token of every slot. Donate it.
+        variant: Static: what ``rows`` holds.
+
+    Returns:
+        ``last_tokens`` with the new tokens of the rows that sample, and the output.
+    """
+    edited = edit_logits(logits, rows, last_tokens, variant) if variant.edits else logits
+    token_ids = sample_random(edited, rows) if variant.random else argmax(edited)
+    logprobs = None
+    if variant.logprobs:
+        logprobs = token_logprobs(logits, token_ids, variant.num_logprobs, rows.logprob_token_ids)
+    never = last_tokens.shape[0]  # past the end: dropped
+    target = jnp.where(rows.samples_token > 0, rows.slot, never)
+    last_tokens = last_tokens.at[target].set(token_ids, mode="drop")
+    return last_tokens, SamplerOutput(token_ids, logprobs)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "variant"), donate_argnames="last_tokens")
+def sample_packed(
+    logits: Float[Array, "B V"],
+    packed: Int[Array, " P"],
+    last_tokens: Int[Array, " S"],
+    *,
+    layout: PackedLayout,
+    variant: SamplerVariant,
+) -> tuple[Int[Array, " S"], SamplerOutput]:
+    """Run ``sample`` on a packed vector, jitted; ``last_tokens`` is donated."""
+    return sample(logits, unpack_rows(packed, layout), last_tokens, variant=variant)
+
+
+def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Return the column of each row's largest value, the lowest one among equals."""
+    return lax.platform_dependent(x, cpu=_argmax_by_max, default=_argmax_by_pairs)
+
+
+def _argmax_by_pairs(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(x, axis=1).astype(jnp.int32)
+
+
+def _argmax_by_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Find the maximum, then where it is: two loops that vectorize, 7 times as fast on a CPU."""
+    columns = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    is_largest = x == jnp.max(x, axis=1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, columns, x.shape[1] - 1), axis=1)
+
+
+def edit_logits(
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    last_tokens: Int[Array, " S"],
+    variant: SamplerVariant,
+) -> Float[Array, "B V"]:
+    """Apply allowed tokens, bad words, biases and penalties, in float32."""
+    logits = logits.astype(jnp.float32)
+    pending = last_tokens.at[rows.slot].get(mode="clip")  # [B]
+    if variant.num_allowed:
+        logits = _keep_allowed(logits, rows)
+    if variant.num_bad_words:
+        logits = _ban_bad_words(logits, rows, pending)
+    if variant.num_biases:
+        at = logits.at[rows.bias_rows, rows.bias_tokens]
+        logits = at.add(rows.bias_values, mode="drop")
+    if variant.num_history:
+        logits = _apply_penalties(logits, rows, pending)
+    return logits
+
+
+def _keep_allowed(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:
+    everything = jnp.broadcast_to(rows.has_allowed[:, None] == 0, logits.shape)
+    allowed = everything.at[rows.allowed_rows, rows.allowed_tokens].set(True, mode="drop")
+    return jnp.where(allowed, logits, -jnp.inf)
+
+
+def _ban_bad_words(
+    logits: Float[Array, "B V"], rows: SamplingRows, pending: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Ban the last token of each bad word whose other tokens have just been generated."""
+    newest = pending.at[rows.bad_rows].get(mode="clip")
+    is_complete = (rows.bad_previous == -1) | (rows.bad_previous == newest)
+    target_rows = jnp.where(is_complete, rows.bad_rows, logits.shape[0])
+    return logits.at[target_rows, rows.bad_tokens].set(-jnp.inf, mode="drop")
+
+
+def _apply_penalties(
+    logits: Float[Array, "B V"], rows: SamplingRows, pending: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Repetition, then frequency and presence, from one count per token.
+
+    An occurrence in the output counts 1, in the prompt PROMPT_TOKEN (once at most).
+    """
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    counts = counts.at[rows.history_rows, rows.history_tokens].add(rows.history_values, mode="drop")
+    row_ids = jnp.arange(logits.shape[0])
+    counts = counts.at[row_ids, pending].add(rows.has_pending, mode="drop")
+    penalty = jnp.where(counts > 0, rows.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    num_outputs = counts % PROMPT_TOKEN
+    logits = logits - rows.frequency[:, None] * num_outputs
+    return logits - jnp.where(num_outputs > 0, rows.presence[:, None], 0.0)
+
+
+def sample_random(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
+    """Sample each row at its temperature from what top_k, top_p and min_p keep of it.
+
+    The Gumbel-max trick: the largest of logit / temperature + noise is a sample. A greedy
+    row is one without noise.
+    """
+    logits = logits.astype(jnp.float32)
+    is_random = rows.temperature > 0
+    temperature = jnp.where(is_random, rows.temperature, 1.0)
+    scores = logits / temperature[:, None]
+    if rows.top_k is not None or rows.top_p is not None or rows.min_p is not None:
+        threshold = truncation_threshold(
+            logits, temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p
+        )
+        scores = jnp.where(order_keys(logits) >= threshold[:, None], scores, -jnp.inf)
+    token_ids = lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
+    noise = gumbel_noise(stream_keys(rows.seed_high, rows.seed_low, rows.position), token_ids)
+    return argmax(scores + jnp.where(is_random[:, None], noise, 0.0))
