@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 # Tile sizes measured on a 2-core CPU with SmolLM2's shapes (9 query heads, 3 KV heads of 64).
 DECODE_TILE_KV = 64
 MAX_DECODE_ITEMS = 16
-TILE_Q = 64
-RAGGED_TILE_KV = 256
+# Ragged rows: (tile_q, tile_kv, fewest query tokens). Large tiles keep matrix products busy,
+# small ones waste little on short rows; a row takes the last entry that it is long enough for.
+RAGGED_TILES = ((16, 64, 1), (64, 256, 256))
 # Finite, so that a tile without a visible key gives exp(MASKED - MASKED) = 1, never NaN; the next
 # visible key scales that 1 by exp(MASKED - score) = 0.
 MASKED = -1e30
@@ -103,23 +104,63 @@ def ragged_attention_xla(
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
 ) -> Float[Array, "T N H"]:
-    """Attention of the rows from ``num_decode_rows`` on; tokens of other rows are finite.
+    """Attention of the rows from ``num_decode_rows`` on; other tokens give 0."""
+    T = q.shape[0]
+    query_lens = jnp.diff(query_start_loc)
+    is_ragged = jnp.arange(block_tables.shape[0]) >= num_decode_rows
+    widest = max(tile_q for tile_q, _, _ in RAGGED_TILES)
+    padded_q = jnp.pad(q, ((0, widest), (0, 0), (0, 0)))  # a tile may start at the last token
+    out = jnp.zeros_like(padded_q)
+    longest = T + 1
+    for tile_q, tile_kv, shortest in reversed(RAGGED_TILES):
+        if shortest > T:
+            continue
+        is_mine = is_ragged & (query_lens >= shortest) & (query_lens < longest)
+        longest = shortest
+        out = _attend_rows(
+            out,
+            padded_q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            query_start_loc,
+            jnp.where(is_mine, query_lens, 0),
+            tile_q=tile_q,
+            tile_kv=tile_kv,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+        )
+    return out[:T]
 
-    Query tiles are walked in token order. The last tile of a row may reach into the next row's
-    tokens; what it writes there is overwritten by that row's own first tile.
-    """
-    T, N, H = q.shape
-    B = block_tables.shape[0]
+
+def _attend_rows(
+    out: jax.Array,
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_start_loc: jax.Array,
+    query_lens: jax.Array,
+    *,
+    tile_q: int,
+    tile_kv: int,
+    scale: float,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: jax.Array | None,
+) -> jax.Array:
+    """Fill in the rows of ``out`` that have query_lens > 0, one query tile after the other."""
+    _, N, H = q.shape
     K, block_size = k_cache.shape[1:3]
     G = N // K
-    tile_q = min(TILE_Q, T)
-    blocks_per_tile = max(1, RAGGED_TILE_KV // block_size)
+    blocks_per_tile = max(1, tile_kv // block_size)
     tile_kv = blocks_per_tile * block_size
-    slopes = _grouped_slopes(alibi_slopes, K)
-    padded_q = jnp.pad(q, ((0, tile_q), (0, 0), (0, 0)))
-
-    query_lens = jnp.diff(query_start_loc)
-    num_tiles = jnp.where(jnp.arange(B) >= num_decode_rows, (query_lens + tile_q - 1) // tile_q, 0)
+    slopes = _grouped_slopes(alibi_slopes, K)[..., None]
+    num_tiles = (query_lens + tile_q - 1) // tile_q
     ends = jnp.cumsum(num_tiles)
 
     def reduce_query_tile(item: jax.Array, out: jax.Array) -> jax.Array:
@@ -128,7 +169,7 @@ def ragged_attention_xla(
         token = query_start_loc[row] + row_offset
         first_position = seq_lens[row] - query_lens[row] + row_offset
         position = first_position + jnp.arange(tile_q)
-        queries = lax.dynamic_slice_in_dim(padded_q, token, tile_q).astype(jnp.float32) * scale
+        queries = lax.dynamic_slice_in_dim(q, token, tile_q).astype(jnp.float32) * scale
         queries = queries.reshape(tile_q, K, G, H).transpose(1, 2, 0, 3)
 
         def reduce_kv_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -138,7 +179,7 @@ def ragged_attention_xla(
             k, v = _gather(k_cache, blocks), _gather(v_cache, blocks)  # [K, tile_kv, H]
             distance = (tile * tile_kv + jnp.arange(tile_kv)) - position[:, None]
             scores = jnp.einsum("KGQH,KSH->KGQS", queries, k, precision="highest")
-            scores = _biased(scores, distance, slopes[..., None], logits_soft_cap)
+            scores = _biased(scores, distance, slopes, logits_soft_cap)
             visible = distance <= 0
             if sliding_window is not None:
                 visible &= distance > -sliding_window
@@ -163,10 +204,13 @@ def ragged_attention_xla(
             start,
         )
         tile_out = _normalised(acc, total).transpose(2, 0, 1, 3).reshape(tile_q, N, H)
-        return lax.dynamic_update_slice_in_dim(out, tile_out.astype(out.dtype), token, 0)
+        # The end of the row's last tile belongs to other rows: keep what is there.
+        is_own = (position < seq_lens[row])[:, None, None]
+        others = lax.dynamic_slice_in_dim(out, token, tile_q)
+        merged = jnp.where(is_own, tile_out.astype(out.dtype), others)
+        return lax.dynamic_update_slice_in_dim(out, merged, token, 0)
 
-    out = lax.fori_loop(0, ends[-1], reduce_query_tile, jnp.zeros_like(padded_q))
-    return out[:T]
+    return lax.fori_loop(0, ends[-1], reduce_query_tile, out)
 
 
 def _row_of(item: jax.Array, ends: jax.Array) -> jax.Array:
