@@ -24,11 +24,12 @@ PARAMETERS = "parameters"
 FORMAT = "jaxengine-converted"
 VERSION = 1
 INCOMPLETE = ".incomplete-"
+REPLACED = ".replaced-"  # the earlier conversion, while a new one takes its place
 
 
-def chunk_path(directory: Path, name: str, ndim: int) -> Path:
-    """The file that holds the values of a tensor: zarr names a chunk by its place, here 0.0..."""
-    return directory / PARAMETERS / name / ".".join("0" * max(ndim, 1))
+def chunk_path(array: Path, ndim: int) -> Path:
+    """The file with an array's values: zarr names a chunk by its place on each axis, as in 0.0."""
+    return array / ".".join("0" * max(ndim, 1))
 
 
 def is_converted(path: Path) -> bool:
@@ -45,7 +46,10 @@ def refuse_interrupted(path: Path) -> None:
     if (path / PARAMETERS).is_dir() or INCOMPLETE in path.name:
         raise ValueError(f"{path} is an incomplete conversion (no {MANIFEST}): run it again")
     if not path.exists() and path.parent.is_dir():
-        rests = sorted(p.name for p in path.parent.glob(f"{path.name}{INCOMPLETE}*"))
+        names = (p.name for p in path.parent.iterdir())
+        rests = sorted(
+            n for n in names if n.startswith((path.name + INCOMPLETE, path.name + REPLACED))
+        )
         if rests:
             raise ValueError(
                 f"{path} was never completed: an interrupted conversion left {', '.join(rests)} "
@@ -83,7 +87,7 @@ def open_converted(path: Path) -> Checkpoint:
 
 def _tensor(path: Path, entry: dict[str, Any]) -> MappedTensor:
     name, shape = entry["name"], tuple(entry["shape"])
-    file = chunk_path(path, name, len(shape))
+    file = chunk_path(path / PARAMETERS / name, len(shape))
     tensor = MappedTensor(name, shape, np.dtype(entry["dtype"]), file, 0)
     if not file.is_file():
         raise ValueError(f"{path} is incomplete: the values of {name!r} are missing ({file})")

@@ -36,7 +36,7 @@ SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 
-PLAIN = {
+PLAIN: dict[GGMLQuantizationType, np.dtype] = {
     GGMLQuantizationType.F64: np.dtype(np.float64),
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),

@@ -115,7 +115,8 @@ def _as_stored(tensor: StoredTensor, dtype: np.dtype | None) -> Parameter:
 
 def _parameter(rule: Rule, checkpoint: Checkpoint, dtype: np.dtype | None) -> Parameter:
     pieces = tuple(Piece(checkpoint.tensors[s.name], s.box) for s in rule.sources)
-    stored = np.result_type(*(piece.tensor.dtype for piece in pieces))
+    found = {piece.tensor.dtype for piece in pieces}
+    stored = found.pop() if len(found) == 1 else DTYPES["float32"]
     return Parameter(rule.path, rule.shape, dtype or stored, pieces, rule.axis)
 
 

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file: its name, shape and dtype are known, its bytes are read on demand."""
+"""A tensor in a file: its name, shape and dtype are known, its bytes are read on demand."""
 
 from __future__ import annotations
 
