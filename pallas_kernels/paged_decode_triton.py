@@ -1,0 +1,287 @@
+"""Paged attention for decode in Pallas Triton: one query token a row.
+
+Grid (K, splits): a program reduces one KV head over one stretch of one row, for the G query heads
+of the group, padded to the 16 rows that the tensor cores want. A row in one stretch is written
+out at once; the stretches of the others are merged by a second kernel, in float32.
+Source: FlashAttention, arXiv:2205.14135, Algorithm 1 (running maximum and sum), in base 2.
+Limits: bfloat16 or float16, head_dim up to 256, group up to 128; else NotImplementedError.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_splits import split_rows
+from pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_config
+
+LOG2_E = math.log2(math.e)
+# Starting maximum: finite, so that a tile whose keys are all masked gives 0 and not NaN.
+LOWEST = -1e30
+
+
+class _Problem(NamedTuple):
+    """What is fixed at compile time: the shapes and options of one kernel."""
+
+    tile_kv: int
+    group: int
+    padded_group: int
+    head_dim: int
+    padded_head_dim: int
+    block_size: int
+    scale: float
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    has_alibi: bool
+
+
+def paged_decode_triton(
+    q: Float[Array, "B N H"],
+    k_cache: Float[Array, "num_blocks K block_size H"],
+    v_cache: Float[Array, "num_blocks K block_size H"],
+    block_tables: Int[Array, "B W"],
+    seq_lens: Int[Array, " B"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    config: DecodeConfig | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B N H"]:
+    """Attention of one query token a row, the last of its sequence; rows of length 0 give 0.
+
+    Args:
+        q: Query of each row.
+        k_cache: Keys of one layer.
+        v_cache: Values, laid out like ``k_cache``.
+        block_tables: Physical block ids of each row.
+        seq_lens: KV length of each row; 0 for a padding row.
+        scale: Factor on q . k.
+        sliding_window: Only the last ``sliding_window`` keys are seen.
+        logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
+        alibi_slopes: slope[n] * (key position - query position) is added to the scores.
+        config: Tile sizes; None takes the measured ones.
+        interpret: Run on the CPU, in Pallas' interpreter.
+
+    Raises:
+        NotImplementedError: If dtype, head_dim or group size are not served.
+    """
+    B, N, H = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group = N // num_kv_heads
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"Triton decode takes bfloat16 or float16, not {q.dtype}")
+    if H > 256 or group > 128:
+        raise NotImplementedError(f"Triton decode: head_dim {H} > 256 or group {group} > 128")
+    config = config or triton_decode_config(H, B)
+    problem = _Problem(
+        tile_kv=config.tile_kv,
+        group=group,
+        padded_group=max(16, pl.next_power_of_2(group)),
+        head_dim=H,
+        padded_head_dim=pl.next_power_of_2(H),
+        block_size=block_size,
+        scale=scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        has_alibi=alibi_slopes is not None,
+    )
+    splits = split_rows(
+        seq_lens,
+        num_extra=num_extra_splits(config, num_kv_heads),
+        tile_kv=config.tile_kv,
+        min_split_tokens=config.min_split_tokens,
+        sliding_window=sliding_window,
+    )
+    num_splits, num_merges = splits.row.shape[0], splits.merged_row.shape[0]
+    slopes = jnp.zeros((1,), jnp.float32) if alibi_slopes is None else alibi_slopes
+    call: Any = functools.partial(pl.pallas_call, interpret=interpret)
+    out, partial_out, partial_lse = call(
+        functools.partial(_reduce_split, problem),
+        grid=(num_kv_heads, num_splits),
+        out_shape=(
+            jax.ShapeDtypeStruct((B, N, H), q.dtype),
+            jax.ShapeDtypeStruct((num_splits, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, N), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        name="paged_decode",
+    )(
+        splits.row,
+        splits.start,
+        splits.stop,
+        splits.is_whole_row,
+        seq_lens.astype(jnp.int32),
+        block_tables,
+        slopes.astype(jnp.float32),
+        q,
+        k_cache,
+        v_cache,
+    )
+    return call(
+        functools.partial(_merge_splits, problem),
+        grid=(num_kv_heads, num_merges),
+        out_shape=jax.ShapeDtypeStruct((B, N, H), q.dtype),
+        input_output_aliases={5: 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        name="paged_decode_merge",
+    )(splits.merged_row, splits.first_split, splits.end_split, partial_out, partial_lse, out)
+
+
+def _heads_and_columns(problem: _Problem, head: jax.Array) -> tuple[jax.Array, ...]:
+    """Query heads of the group, columns of the head, and a mask against the padding of both."""
+    offsets = jnp.arange(problem.padded_group)
+    columns = jnp.arange(problem.padded_head_dim)
+    is_real = (offsets < problem.group)[:, None] & (columns < problem.head_dim)[None, :]
+    return head * problem.group + offsets, offsets < problem.group, columns, is_real
+
+
+def _reduce_split(
+    problem: _Problem,
+    row_ref: Any,
+    start_ref: Any,
+    stop_ref: Any,
+    is_whole_row_ref: Any,
+    seq_lens_ref: Any,
+    block_tables_ref: Any,
+    slopes_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    partial_out_ref: Any,
+    partial_lse_ref: Any,
+) -> None:
+    head, split = pl.program_id(0), pl.program_id(1)
+    row = row_ref[split]
+    heads, is_head, columns, is_real = _heads_and_columns(problem, head)
+
+    @pl.when(row >= 0)
+    def _() -> None:
+        start, stop = start_ref[split], stop_ref[split]
+        position = seq_lens_ref[row] - 1
+        q = plt.load(q_ref.at[row, heads[:, None], columns[None, :]], mask=is_real, other=0.0)
+        slopes = None
+        if problem.has_alibi:
+            slopes = plt.load(slopes_ref.at[heads], mask=is_head, other=0.0)
+
+        def load_tile(ref: Any, keys: jax.Array, blocks: jax.Array) -> jax.Array:
+            mask = (keys < stop)[:, None]
+            if problem.padded_head_dim != problem.head_dim:
+                mask &= (columns < problem.head_dim)[None, :]
+            offsets = lax.rem(keys, problem.block_size)
+            tile = ref.at[blocks[:, None], head, offsets[:, None], columns[None, :]]
+            return plt.load(tile, mask=mask, other=0.0)
+
+        def reduce_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            acc, maximum, total = carry
+            keys = start + i * problem.tile_kv + jnp.arange(problem.tile_kv)
+            blocks = plt.load(
+                block_tables_ref.at[row, lax.div(keys, problem.block_size)],
+                mask=keys < stop,
+                other=0,
+            )
+            k = load_tile(k_ref, keys, blocks)
+            scores = pl.dot(q, k, trans_b=True)
+            scores = _biased(problem, scores, keys - position, slopes)
+            visible = keys < stop
+            if problem.sliding_window is not None:
+                visible &= keys > position - problem.sliding_window
+            scores = jnp.where(visible[None, :], scores, LOWEST)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+            decay = jnp.exp2(maximum - new_maximum)
+            weights = jnp.exp2(scores - new_maximum[:, None])
+            v = load_tile(v_ref, keys, blocks)
+            acc = acc * decay[:, None] + pl.dot(weights.astype(v.dtype), v)
+            return acc, new_maximum, total * decay + weights.sum(axis=1)
+
+        acc, maximum, total = lax.fori_loop(
+            0,
+            lax.div(stop - start + (problem.tile_kv - 1), problem.tile_kv),
+            reduce_tile,
+            (
+                jnp.zeros((problem.padded_group, problem.padded_head_dim), jnp.float32),
+                jnp.full((problem.padded_group,), LOWEST, jnp.float32),
+                jnp.zeros((problem.padded_group,), jnp.float32),
+            ),
+        )
+        out = acc / jnp.where(total > 0, total, 1.0)[:, None]
+        is_whole_row = is_whole_row_ref[split] == 1
+
+        @pl.when(is_whole_row)
+        def _() -> None:
+            target = out_ref.at[row, heads[:, None], columns[None, :]]
+            plt.store(target, out.astype(out_ref.dtype), mask=is_real)
+
+        @pl.when(jnp.logical_not(is_whole_row))
+        def _() -> None:
+            target = partial_out_ref.at[split, heads[:, None], columns[None, :]]
+            plt.store(target, out, mask=is_real)
+            lse = maximum + jnp.log2(jnp.where(total > 0, total, 1.0))
+            plt.store(partial_lse_ref.at[split, heads], lse, mask=is_head)
+
+
+def _biased(
+    problem: _Problem, scores: jax.Array, distance: jax.Array, slopes: jax.Array | None
+) -> jax.Array:
+    """Scores times log2(e), ready for exp2."""
+    cap = problem.logits_soft_cap
+    if cap is None:
+        scores = scores * (problem.scale * LOG2_E)
+    else:
+        scores = jnp.tanh(scores * (problem.scale / cap)) * (cap * LOG2_E)
+    if slopes is not None:
+        scores += (slopes * LOG2_E)[:, None] * distance.astype(jnp.float32)[None, :]
+    return scores
+
+
+def _merge_splits(
+    problem: _Problem,
+    merged_row_ref: Any,
+    first_split_ref: Any,
+    end_split_ref: Any,
+    partial_out_ref: Any,
+    partial_lse_ref: Any,
+    _: Any,
+    out_ref: Any,
+) -> None:
+    head, merge = pl.program_id(0), pl.program_id(1)
+    row = merged_row_ref[merge]
+    heads, is_head, columns, is_real = _heads_and_columns(problem, head)
+
+    @pl.when(row >= 0)
+    def _() -> None:
+        def add_split(split: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            acc, maximum, total = carry
+            lse = plt.load(partial_lse_ref.at[split, heads], mask=is_head, other=LOWEST)
+            part = plt.load(
+                partial_out_ref.at[split, heads[:, None], columns[None, :]],
+                mask=is_real,
+                other=0.0,
+            )
+            new_maximum = jnp.maximum(maximum, lse)
+            decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
+            acc = acc * decay[:, None] + part * weight[:, None]
+            return acc, new_maximum, total * decay + weight
+
+        acc, _, total = lax.fori_loop(
+            first_split_ref[merge],
+            end_split_ref[merge],
+            add_split,
+            (
+                jnp.zeros((problem.padded_group, problem.padded_head_dim), jnp.float32),
+                jnp.full((problem.padded_group,), LOWEST, jnp.float32),
+                jnp.zeros((problem.padded_group,), jnp.float32),
+            ),
+        )
+        out = (acc / total[:, None]).astype(out_ref.dtype)
+        plt.store(out_ref.at[row, heads[:, None], columns[None, :]], out, mask=is_real)

@@ -1,0 +1,49 @@
+"""Tile sizes of the decode kernels: what is measured best, by shape.
+
+Numbers are from benchmarks/kernels.py --sweep; see benchmarks/LOG.md.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+# Assumed where no GPU is there to ask (cross-compiling): H100 and H200.
+DEFAULT_NUM_SMS = 132
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a decode kernel cuts and pipelines its work.
+
+    ``num_warps`` is read by Triton only, ``num_stages`` is the depth of the K/V pipeline in both.
+    """
+
+    tile_kv: int = 64  # keys of one step of the loop
+    num_stages: int = 3
+    num_warps: int = 4
+    splits_per_sm: int = 4  # extra splits the GPU is filled with, a SM
+    min_split_tokens: int = 128
+
+
+def triton_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
+    """Return the tile sizes for Triton decode with B = ``num_rows``."""
+    if head_dim > 128:
+        return DecodeConfig(tile_kv=32, num_stages=3)
+    return DecodeConfig()
+
+
+def mosaic_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
+    """Return the tile sizes for Mosaic decode with B = ``num_rows``."""
+    if head_dim > 128:
+        return DecodeConfig(num_stages=2)
+    return DecodeConfig(num_stages=3)
+
+
+def num_extra_splits(config: DecodeConfig, num_kv_heads: int) -> int:
+    """Return how many splits beyond one a row keep every SM busy."""
+    return max(1, -(-config.splits_per_sm * num_sms() // num_kv_heads))
+
+
+def num_sms() -> int:
+    """Return the streaming multiprocessors of the GPU that runs, or those of an H100."""
+    return int(getattr(jax.devices()[0], "core_count", 0) or DEFAULT_NUM_SMS)
