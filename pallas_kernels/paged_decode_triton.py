@@ -166,7 +166,7 @@ def _reduce_split(
     heads, is_head, columns, is_real = _heads_and_columns(problem, head)
 
     @pl.when(row >= 0)
-    def _() -> None:
+    def _reduce_used_split() -> None:
         start, stop = start_ref[split], stop_ref[split]
         position = seq_lens_ref[row] - 1
         q = plt.load(q_ref.at[row, heads[:, None], columns[None, :]], mask=is_real, other=0.0)
@@ -191,7 +191,7 @@ def _reduce_split(
                 other=0,
             )
             k = load_tile(k_ref, keys, blocks)
-            scores = pl.dot(q, k, trans_b=True)
+            scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32)
             scores = _biased(problem, scores, keys - position, slopes)
             visible = keys < stop
             if problem.sliding_window is not None:
@@ -201,7 +201,8 @@ def _reduce_split(
             decay = jnp.exp2(maximum - new_maximum)
             weights = jnp.exp2(scores - new_maximum[:, None])
             v = load_tile(v_ref, keys, blocks)
-            acc = acc * decay[:, None] + pl.dot(weights.astype(v.dtype), v)
+            weighted = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            acc = acc * decay[:, None] + weighted
             return acc, new_maximum, total * decay + weights.sum(axis=1)
 
         acc, maximum, total = lax.fori_loop(
@@ -218,12 +219,12 @@ def _reduce_split(
         is_whole_row = is_whole_row_ref[split] == 1
 
         @pl.when(is_whole_row)
-        def _() -> None:
+        def _store() -> None:
             target = out_ref.at[row, heads[:, None], columns[None, :]]
             plt.store(target, out.astype(out_ref.dtype), mask=is_real)
 
         @pl.when(jnp.logical_not(is_whole_row))
-        def _() -> None:
+        def _store_partial() -> None:
             target = partial_out_ref.at[split, heads[:, None], columns[None, :]]
             plt.store(target, out, mask=is_real)
             lse = maximum + jnp.log2(jnp.where(total > 0, total, 1.0))
@@ -251,7 +252,7 @@ def _merge_splits(
     end_split_ref: Any,
     partial_out_ref: Any,
     partial_lse_ref: Any,
-    _: Any,
+    _unmerged_out_ref: Any,
     out_ref: Any,
 ) -> None:
     head, merge = pl.program_id(0), pl.program_id(1)
@@ -259,7 +260,7 @@ def _merge_splits(
     heads, is_head, columns, is_real = _heads_and_columns(problem, head)
 
     @pl.when(row >= 0)
-    def _() -> None:
+    def _merge_row() -> None:
         def add_split(split: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, maximum, total = carry
             lse = plt.load(partial_lse_ref.at[split, heads], mask=is_head, other=LOWEST)
