@@ -34,7 +34,7 @@ class FinishReason(enum.Enum):
     ABORT = "abort"
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
+@dataclass(eq=False, repr=False, kw_only=True, slots=True)
 class Request:
     """A prompt, what has been generated for it, and where it lives in the KV cache.
 
@@ -97,6 +97,12 @@ class Request:
         if not self.sampling_params.ignore_eos:
             stop_token_ids |= self.eos_token_ids
         self.stop_token_ids = stop_token_ids
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.value}, {self.num_prompt_tokens} prompt + "
+            f"{self.num_output_tokens} output tokens, {self.num_computed_tokens} computed)"
+        )
 
     @property
     def num_prompt_tokens(self) -> int:
