@@ -134,10 +134,10 @@ def build_engine(
 def read_model_config(
     config: EngineConfig, checkpoint: Checkpoint, device: jax.Device
 ) -> ModelConfig:
-    """Translate the checkpoint's config; ``auto`` keeps 16-bit types as they are stored.
+    """Translate the checkpoint's config and decide what ``dtype="auto"`` means.
 
-    float32 and quantised checkpoints are served in float32 on a CPU, which has no faster type,
-    and in bfloat16 on a GPU.
+    On a CPU it is float32, the fastest type there; on a GPU a 16-bit checkpoint is served as it is
+    stored, and any other (float32, GGUF) in bfloat16.
     """
     hf = {**checkpoint.hf_config, **config.hf_overrides}
     if not hf.get("architectures"):
@@ -145,8 +145,10 @@ def read_model_config(
     ModelRegistry.resolve(hf["architectures"][0])
     dtype = config.dtype
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "").removeprefix("torch.")
-    if dtype == "auto" and stored not in ("bfloat16", "float16"):
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    if dtype == "auto" and device.platform == "cpu":
+        dtype = "float32"
+    elif dtype == "auto" and stored not in ("bfloat16", "float16"):
+        dtype = "bfloat16"
     return ModelConfig.from_hf(hf, dtype)
 
 

@@ -19,7 +19,7 @@ from jaxengine.batch import StepShape
 from jaxengine.engine.batch_builder import BatchBuilder, TableUpdates
 from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.sampler import SamplerOutput, sample
+from jaxengine.engine.sampler import SamplerOutput, sample_packed
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
 from jaxengine.engine.step import apply_table_updates, make_forward, sample_greedy
@@ -105,6 +105,11 @@ class ModelRunner:
         self.compile_seconds: dict[StepShape, float] = {}
 
     @property
+    def largest_shape(self) -> StepShape:
+        """The step that needs most memory."""
+        return self._buckets.all_shapes()[0]
+
+    @property
     def state_bytes(self) -> int:
         """Block tables, and the logits of two steps in flight, in bytes on one device."""
         table = 4 * self._table_shape[0] * self._table_shape[1]
@@ -145,7 +150,7 @@ class ModelRunner:
             self.sampling_state.set_slot(
                 request.slot,
                 request.sampling_params,
-                request.seed,
+                request.sampling_params.seed or 0,
                 request.prompt_token_ids,
                 request.stop_token_ids,
             )
@@ -166,8 +171,8 @@ class ModelRunner:
         variant, layout, packed = self.sampling_state.build_rows(step.rows, shape.num_rows)
         if variant == GREEDY:
             self._last_tokens, token_ids = sample_greedy(logits, self._last_tokens, sample_slots)
-            return SamplerOutput(token_ids)
-        self._last_tokens, sampled = sample(
+            return SamplerOutput(token_ids, None)
+        self._last_tokens, sampled = sample_packed(
             logits, packed, self._last_tokens, variant=variant, layout=layout
         )
         return sampled

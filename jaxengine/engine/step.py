@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.batch import StepShape, build_input_batch, split_packed, update_tables
 from jaxengine.engine.kv_cache import CACHE_SPEC
+from jaxengine.engine.logprobs import TokenLogprobs, prompt_logprobs
+from jaxengine.engine.sampler import argmax
 from jaxengine.models.decoder import LayerCaches
 from jaxengine.weights import ParamSpec, merge_params
 
@@ -70,18 +72,35 @@ def make_forward(
     return jax.jit(sharded, donate_argnums=(1, 2))
 
 
+def make_prompt_scorer(
+    num_logprobs: int, *, definition: Any, specs: dict[str, ParamSpec], mesh: Mesh
+) -> Callable:
+    """Return a jitted function that scores prompts: (params, hidden [T, D], next ids [T])."""
+
+    def score(
+        params: dict[str, jax.Array], hidden: Float[Array, "T D"], next_ids: Int[Array, " T"]
+    ) -> TokenLogprobs:
+        model = merge_params(definition, params)
+        return prompt_logprobs(hidden, next_ids, model.compute_logits, num_logprobs)
+
+    param_specs = {path: spec.spec for path, spec in specs.items()}
+    return jax.jit(
+        jax.shard_map(
+            score, mesh=mesh, in_specs=(param_specs, P(), P()), out_specs=P(), check_vma=False
+        )
+    )
+
+
 @functools.partial(jax.jit, donate_argnums=1)
 def sample_greedy(
     logits: Float[Array, "B V"], last_tokens: Int[Array, " S"], sample_slots: Int[Array, " B"]
 ) -> tuple[Int[Array, " S"], Int[Array, " B"]]:
     """Take the most likely token of each row (the lowest id of equals) and remember it."""
-    token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token_ids = argmax(logits)
     return last_tokens.at[sample_slots].set(token_ids, mode="drop"), token_ids
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def apply_table_updates(
-    tables: Int[Array, "S W"], updates: Int[Array, "3 n"]
-) -> Int[Array, "S W"]:
+def apply_table_updates(tables: Int[Array, "S W"], updates: Int[Array, "3 n"]) -> Int[Array, "S W"]:
     """Store block ids that did not fit into a step's packed vector."""
     return update_tables(tables, *updates)

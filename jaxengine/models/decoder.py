@@ -107,6 +107,7 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         vocabulary = (config.vocab_size, config.hidden_size)
         is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+        self.layer_numbers = layers
         self.config, self.max_model_len = config, options.max_model_len
         tied = config.tie_word_embeddings
         self.embed_tokens = (
@@ -138,7 +139,8 @@ class Decoder(nnx.Module):
         )
         cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
         new_caches = []
-        for layer, cache in zip(self.layers.values(), caches, strict=True):
+        for number, cache in zip(self.layer_numbers, caches, strict=True):
+            layer = self.layers[str(number)]  # the dict's own order is alphabetic: 0, 1, 10, 2
             x, cache = _run_layer(*nnx.split(layer), x, batch, cos_sin, cache)
             new_caches.append(cache)
         return x, new_caches

@@ -27,6 +27,7 @@ YARN_ROPE = {
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "llama with more than ten layers": ("Llama", {"num_hidden_layers": 12}),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with one KV head": ("Llama", {"num_key_value_heads": 1}),
