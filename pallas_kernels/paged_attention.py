@@ -138,13 +138,14 @@ def _first_that_serves(
     refusals = []
     for name in order:
         try:
-            return _load(functions[name])(*arrays, **options)
+            return load_function(functions[name])(*arrays, **options)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("; ".join(refusals))
 
 
-def _load(location: str) -> Callable[..., jax.Array]:
+def load_function(location: str) -> Callable[..., jax.Array]:
+    """Import a "module:function"; NotImplementedError if this jax cannot."""
     module, function = location.split(":")
     try:
         return getattr(importlib.import_module(module), function)

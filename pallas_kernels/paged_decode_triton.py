@@ -86,7 +86,7 @@ def paged_decode_triton(
         group=group,
         padded_group=max(16, pl.next_power_of_2(group)),
         head_dim=H,
-        padded_head_dim=pl.next_power_of_2(H),
+        padded_head_dim=max(16, pl.next_power_of_2(H)),
         block_size=block_size,
         scale=scale,
         sliding_window=sliding_window,
