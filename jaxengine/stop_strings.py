@@ -1,0 +1,54 @@
+"""Finds stop strings in growing text, and the text that could become one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class StopMatch(NamedTuple):
+    """Where a stop string was found.
+
+    Attributes:
+        stop: The string.
+        start: Index of its first character in the text.
+    """
+
+    stop: str
+    start: int
+
+
+class StopStrings:
+    """The stop strings of one request.
+
+    Args:
+        stops: Non-empty strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+
+    def __bool__(self) -> bool:
+        return bool(self._stops)
+
+    def find(self, text: str, num_old_characters: int) -> StopMatch | None:
+        """Find the stop string that starts first.
+
+        Args:
+            text: The whole text.
+            num_old_characters: Leading part that was searched before; a stop string may
+                begin in it but not end in it.
+        """
+        found = None
+        for stop in self._stops:
+            start = text.find(stop, max(0, num_old_characters - len(stop) + 1))
+            if start >= 0 and (found is None or start < found.start):
+                found = StopMatch(stop, start)
+        return found
+
+    def num_held_characters(self, text: str) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
