@@ -177,7 +177,7 @@ def _llama3_scaling(file: GGUFFile, values: _Values, head_dim: int) -> dict[str,
     checked. Source of the formula: transformers, modeling_rope_utils.py.
     """
     found = read(file.tensors[ROPE_FREQS])
-    factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
+    factor, low, high, original = round(float(found.max()), 3), 1.0, 4.0, 8192
     base = float(values.get("rope.freq_base") or 10000.0)
     wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)

@@ -8,6 +8,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from dataclasses import dataclass
@@ -183,6 +184,10 @@ def _tensor(
         tensor: StoredTensor = MappedTensor(name, shape, PLAIN[kind], path, offset)
     else:
         per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        if not _is_known(kind):
+            raise ValueError(
+                f"{path}: tensor {name!r} is of type {kind.name}, not dequantised here"
+            )
         if shape[-1] % per_block:
             raise ValueError(
                 f"{path}: tensor {name!r} of shape {shape} has rows that are no multiple of the "
@@ -197,3 +202,13 @@ def _tensor(
             f"{offset + tensor.nbytes}, the file has {file_bytes}. Fetch it again."
         )
     return tensor
+
+
+@functools.cache
+def _is_known(kind: GGMLQuantizationType) -> bool:
+    """Whether ``gguf`` dequantises the type: it only says so when asked for values."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -62,6 +62,8 @@ def _bpe(metadata: Metadata) -> Json:
             f"the GGUF file's pre-tokeniser is {pre!r}; known: {', '.join(PRE_TOKENIZERS)}. Pass "
             "tokenizer= a directory that has tokenizer.json"
         )
+    if "tokenizer.ggml.merges" not in metadata:
+        raise ValueError("the GGUF file lacks tokenizer.ggml.merges: it is damaged")
     model = {
         "type": "BPE",
         "vocab": _vocabulary(metadata),
@@ -115,7 +117,9 @@ def _merges(metadata: Metadata) -> list[tuple[str, str]]:
     first.
     """
     tokens, kinds = metadata["tokenizer.ggml.tokens"], _kinds(metadata)
-    scores = metadata["tokenizer.ggml.scores"]
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None:
+        raise ValueError("the GGUF file lacks tokenizer.ggml.scores: it is damaged")
     pieces = {
         token: score
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
