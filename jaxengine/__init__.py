@@ -1,0 +1,45 @@
+"""LLM inference in JAX: ``from jaxengine import LLM, SamplingParams``.
+
+Names are imported when they are first used (PEP 562), so that what needs no jax does not load it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxengine.config import EngineConfig
+    from jaxengine.llm import LLM
+    from jaxengine.models.registry import ModelRegistry
+    from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "llm",
+    "EngineConfig": "config",
+    "ModelRegistry": "models.registry",
+    "SamplingParams": "sampling_params",
+    "RequestOutputKind": "sampling_params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "Logprob": "outputs",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "ModelRegistry",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxengine' has no attribute {name!r}")
+    return getattr(import_module(f"jaxengine.{_HOMES[name]}"), name)

@@ -5,8 +5,10 @@ from ``convert``, and the two must agree to the last parameter.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import convert
-from convert import Checkpoint, Parameter, open_checkpoint
+from convert import Checkpoint, Parameter
+from convert.checkpoint import read_tokenizer_files
 
-__all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_checkpoint",
+__all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
            "param_specs", "random_params"]  # fmt: skip
 
 Params = dict[str, jax.Array]
@@ -45,6 +48,46 @@ class ParamSpec:
         """The parameter as a shape, to compile with before it is loaded."""
         sharding = NamedSharding(mesh, self.spec)
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
+
+
+def open_model(source: str | Path, load_format: str = "auto") -> Checkpoint:
+    """Open a model for reading; with ``load_format="dummy"`` a directory's config is enough.
+
+    Raises:
+        ValueError: If it cannot be found, is damaged, or is not of the format asked for.
+    """
+    if load_format == "dummy":
+        directory = Path(source).expanduser()
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"load_format 'dummy' needs {directory / 'config.json'}: not found")
+        return _config_only(directory)
+    checkpoint = convert.open_checkpoint(source)
+    if load_format not in ("auto", _LOAD_FORMATS[checkpoint.format]):
+        raise ValueError(
+            f"{source} holds {checkpoint.format} weights, not {load_format!r}: use "
+            "--load-format auto"
+        )
+    return checkpoint
+
+
+def _config_only(directory: Path) -> Checkpoint:
+    """A checkpoint without tensors, for random weights."""
+    return Checkpoint(
+        source=directory,
+        format="dummy",
+        hf_config=json.loads((directory / "config.json").read_text()),
+        tensors={},
+        tokenizer_files=lambda: read_tokenizer_files(directory),
+        generation_config={},
+    )
+
+
+_LOAD_FORMATS = {
+    "safetensors": "safetensors",
+    "pytorch_bin": "pt",
+    "gguf": "gguf",
+    "converted": "converted",
+}
 
 
 def param_specs(build_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, ParamSpec]]:

@@ -15,7 +15,7 @@ from jaxengine.engine.kv_cache import CACHE_SPEC, KVCacheSpec
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import make_mesh
-from jaxengine.weights import load_params, merge_params, open_checkpoint, param_specs
+from jaxengine.weights import load_params, merge_params, open_model, param_specs
 
 TINY = {
     "vocab_size": 128,
@@ -65,7 +65,7 @@ def our_logits(
     source: Path, token_ids: list[int], *, max_model_len: int = 256, num_shards: int = 1
 ) -> np.ndarray:
     """Logits [T, V] of our model, as one prefill of a single row."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source)
     config = ModelConfig.from_hf(checkpoint.hf_config, "float32")
     options = ModelOptions(
         num_kv_heads=max(config.num_kv_heads, num_shards), max_model_len=max_model_len

@@ -5,6 +5,7 @@ It never waits for the device: ``execute`` returns a PendingStep whose tokens ar
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,17 @@ from jaxengine.batch import StepShape
 from jaxengine.engine.batch_builder import BatchBuilder, TableUpdates
 from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.kv_cache import KVCacheSpec
+from jaxengine.engine.logprobs import TokenLogprobs
+from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored
 from jaxengine.engine.sampler import SamplerOutput, sample_packed
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
-from jaxengine.engine.step import apply_table_updates, make_forward, sample_greedy
+from jaxengine.engine.step import (
+    apply_table_updates,
+    make_forward,
+    make_prompt_scorer,
+    sample_greedy,
+)
 from jaxengine.sharding import replicated
 from jaxengine.weights import Params, ParamSpec
 
@@ -35,16 +43,20 @@ class PendingStep:
 
     Attributes:
         sampled: Token ids [B] (and logprobs) of the padded rows.
-        prompt_logprobs: Row index -> device results, for rows that asked for them.
+        prompt_scores: Logprobs of prompt tokens; None if no row wants any.
     """
 
     scheduler_output: SchedulerOutput
     sampled: SamplerOutput
-    dispatched_s: float
+    prompt_scores: PromptScores | None
 
     def token_ids(self) -> np.ndarray:
         """Wait for the step and return the token ids of its real rows."""
         return np.asarray(self.sampled.token_ids)[: len(self.scheduler_output.rows)]
+
+    def logprobs(self) -> TokenLogprobs | None:
+        """Wait for the step and return its rows' logprobs; None if no row wants any."""
+        return jax.tree.map(np.asarray, self.sampled.logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +110,15 @@ class ModelRunner:
         self._builder = BatchBuilder(buckets, max_num_seqs)
         self._max_num_seqs = max_num_seqs
         self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
-        self._compiled: dict[StepShape, Callable] = {}
+        self._programs: dict[tuple[StepShape, bool], Callable] = {}
+        self._prompt_scorer = PromptScorer(
+            functools.partial(
+                make_prompt_scorer,
+                definition=parts.definition,
+                specs=parts.specs,
+                mesh=parts.mesh,
+            )
+        )
         self._params: Params = {}
         self._num_blocks = 0
         self.sampling_state = SamplingState(max_num_seqs, parts.vocab_size)
@@ -119,7 +139,7 @@ class ModelRunner:
     def measure(self, shape: StepShape, num_blocks: int) -> StepMemory:
         """Compile a shape with a cache of ``num_blocks`` and return what XLA says it needs."""
         self._set_num_blocks(num_blocks)
-        analysis = self._compile(shape).memory_analysis()
+        analysis = self._program(shape).memory_analysis()
         outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return StepMemory(analysis.temp_size_in_bytes, max(outputs, 0))
 
@@ -136,12 +156,12 @@ class ModelRunner:
 
     def compile_all(self, *, max_workers: int, show_progress: bool) -> None:
         """Compile every step shape, several at a time, so that none compiles during a run."""
-        shapes = [s for s in self._buckets.all_shapes() if s not in self._compiled]
+        shapes = self._buckets.all_shapes()
         with (
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
             tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
         ):
-            for _ in pool.map(self._compile, shapes):
+            for _ in pool.map(self._program, shapes):
                 bar.update()
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
@@ -157,13 +177,16 @@ class ModelRunner:
         shape, packed, overflow = self._builder.build(step)
         if overflow is not None:
             self._apply_overflow(overflow)
-        forward = self._compiled.get(shape) or self._compile(shape)
-        self._caches, self._tables, logits, sample_slots = forward(
+        scores_prompts = any(map(is_scored, step.rows))
+        forward = self._program(shape, returns_hidden=scores_prompts)
+        self._caches, self._tables, logits, sample_slots, *hidden = forward(
             self._params, self._caches, self._tables, self._last_tokens, packed
         )
         sampled = self._sample(step, shape, logits, sample_slots)
-        sampled.token_ids.copy_to_host_async()
-        return PendingStep(step, sampled, time.perf_counter())
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
+        scores = self._prompt_scorer.score(step, self._params, *hidden) if scores_prompts else None
+        return PendingStep(step, sampled, scores)
 
     def _sample(
         self, step: SchedulerOutput, shape: StepShape, logits: jax.Array, sample_slots: jax.Array
@@ -187,13 +210,18 @@ class ModelRunner:
 
     def _set_num_blocks(self, num_blocks: int) -> None:
         if num_blocks != self._num_blocks:
-            self._compiled.clear()  # the cache's shape is part of every program
+            self._programs.clear()  # the cache's shape is part of every program
             self._num_blocks = num_blocks
 
-    def _compile(self, shape: StepShape) -> Any:
-        if shape in self._compiled:
-            return self._compiled[shape]
-        started = time.perf_counter()
+    def _program(self, shape: StepShape, returns_hidden: bool = False) -> Any:
+        key = (shape, returns_hidden)
+        if key not in self._programs:
+            started = time.perf_counter()
+            self._programs[key] = self._compile(shape, returns_hidden)
+            self.compile_seconds[shape] = time.perf_counter() - started
+        return self._programs[key]
+
+    def _compile(self, shape: StepShape, returns_hidden: bool) -> Any:
         mesh, specs = self._parts.mesh, self._parts.specs
         forward = make_forward(
             shape,
@@ -202,6 +230,7 @@ class ModelRunner:
             mesh=mesh,
             block_size=self._cache_spec.block_size,
             num_layers=self._cache_spec.num_layers,
+            returns_hidden=returns_hidden,
         )
 
         def ints(*dims: int) -> jax.ShapeDtypeStruct:
@@ -214,6 +243,4 @@ class ModelRunner:
             ints(self._max_num_seqs),
             ints(shape.packed_size),
         )
-        self._compiled[shape] = lowered.compile()
-        self.compile_seconds[shape] = time.perf_counter() - started
-        return self._compiled[shape]
+        return lowered.compile()

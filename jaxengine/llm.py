@@ -1,0 +1,354 @@
+"""LLM: prompts in, RequestOutputs out. The offline API, with vLLM's names."""
+
+import itertools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxengine.config import EngineConfig
+from jaxengine.engine import memory
+from jaxengine.engine.build import build_engine
+from jaxengine.output_processor import OutputProcessor
+from jaxengine.outputs import RequestOutput
+from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+from jaxengine.tokenizer import Message, Tokenizer, load_tokenizer
+from jaxengine.weights import Checkpoint, open_model
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+# Fields of generation_config.json that are sampling parameters too.
+_DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+class LLM:
+    """A model that generates text for many prompts at once.
+
+    Args:
+        model: Hub name, HF directory, GGUF file, or a directory that ``jaxengine-convert`` wrote.
+        tokenizer: The same choice for the tokenizer; None takes the model's own.
+        engine_args: Fields of ``EngineConfig``, in vLLM's spelling.
+
+    Raises:
+        ValueError: If the model is not supported or damaged, or does not fit into memory.
+    """
+
+    def __init__(self, model: str, tokenizer: str | None = None, **engine_args: Any) -> None:
+        started = time.perf_counter()
+        config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
+        memory.reserve_pool(config.gpu_memory_utilization)
+        use_compilation_cache()
+        checkpoint = open_model(config.model, config.load_format)
+        generation_config = checkpoint.generation_config
+        self._tokenizer: Tokenizer | None = None
+        eos_token_ids = frozenset[int]()
+        if not config.skip_tokenizer_init:
+            self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
+            eos_token_ids = self._tokenizer.eos_token_ids
+        self.engine, self.startup_times = build_engine(config, checkpoint, eos_token_ids)
+        self.engine_config = config
+        self._generation_config = generation_config if config.generation_config == "auto" else {}
+        self._processor = OutputProcessor(self._tokenizer)
+        self._request_numbers = itertools.count()
+        logger.info("ready after %.1f s", time.perf_counter() - started)
+
+    def get_tokenizer(self) -> Any:
+        """Return the Hugging Face tokenizer.
+
+        Raises:
+            ValueError: If the model was loaded with ``skip_tokenizer_init``.
+        """
+        return self._require_tokenizer().hf_tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the model's own defaults, from its generation_config.json."""
+        found = {name: self._generation_config.get(name) for name in _DEFAULT_FIELDS}
+        values = {name: value for name, value in found.items() if value is not None}
+        if "max_new_tokens" in values:
+            values["max_tokens"] = values.pop("max_new_tokens")
+        return SamplingParams(**values)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; all of them share the batch.
+
+        Args:
+            prompts: Text, token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``; or a
+                list of such.
+            sampling_params: For all prompts, or one for each; None takes the model's defaults.
+            use_tqdm: Draw a progress bar with the throughput.
+            priority: One number a prompt, smaller first; needs ``scheduling_policy="priority"``.
+
+        Returns:
+            One output a prompt, in their order.
+
+        Raises:
+            ValueError: If a prompt or a parameter is not possible. No prompt has run then.
+        """
+        inputs = self._encode(_as_list(prompts))
+        params = self._params_for(len(inputs), sampling_params)
+        priorities = [0] * len(inputs) if priority is None else list(priority)
+        if len(priorities) != len(inputs):
+            raise ValueError(f"{len(priorities)} priorities were given for {len(inputs)} prompts")
+        final = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
+        request_ids = self._add_all(inputs, final, priorities)
+        return self._run_to_end(request_ids, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, with the model's chat template.
+
+        Args:
+            messages: A list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            sampling_params: As for ``generate``.
+            use_tqdm: As for ``generate``.
+            chat_template: Jinja template to use instead of the model's.
+            add_generation_prompt: Begin the assistant's turn at the end.
+            continue_final_message: Let the model go on with the last message instead.
+            tools: Function descriptions for the template.
+            chat_template_kwargs: Further variables of the template.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        tokenizer = self._require_tokenizer()
+        prompts = [
+            tokenizer.render_chat(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        token_ids = tokenizer.encode_batch(prompts, add_special_tokens=False)
+        inputs = [
+            {"prompt": prompt, "prompt_token_ids": ids}
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
+        return self.generate(inputs, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Generate for one prompt, and give its output after every step.
+
+        Closing the iterator early aborts the request.
+        """
+        (params,) = self._params_for(1, sampling_params)
+        (request_id,) = self._add_all(self._encode([prompt]), [params], [0])
+        try:
+            while self._processor.has_unfinished_requests:
+                yield from self._step()
+        finally:
+            self._abort_all([request_id])
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; returns False if requests still run."""
+        return self.engine.reset_prefix_cache()
+
+    def get_metrics(self) -> Any:
+        """Counters of the scheduler and the KV cache (usage, waste, hits, preemptions)."""
+        return self.engine.stats()
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(
+                "this model was loaded with skip_tokenizer_init=True: give token ids, or load it "
+                "without that flag"
+            )
+        return self._tokenizer
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+        """Bring every prompt into the form (text or None, token ids)."""
+        parsed = [_parse_prompt(prompt) for prompt in prompts]
+        texts = [text for text, token_ids in parsed if token_ids is None and text is not None]
+        encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
+        return [(text, next(encoded) if ids is None else ids) for text, ids in parsed]
+
+    def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            params = [params] * num_prompts
+        if len(params) != num_prompts:
+            raise ValueError(
+                f"{len(params)} sampling_params were given for {num_prompts} prompts: give one "
+                "for all, or one for each"
+            )
+        return [self._complete(each) for each in params]
+
+    def _complete(self, params: SamplingParams) -> SamplingParams:
+        """Check the limits that the model and the engine set, and tokenize the bad words."""
+        limit, vocab_size = self.engine_config.max_logprobs, self.engine.model_config.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            wanted = vocab_size if wanted == -1 else wanted
+            if wanted is not None and wanted > limit and limit != -1:
+                raise ValueError(
+                    f"{name} {wanted} is more than max_logprobs {limit}: ask for fewer or raise "
+                    "--max-logprobs (-1 allows the whole vocabulary)"
+                )
+        _check_token_ids(params, vocab_size)
+        if not params.bad_words:
+            return params
+        bad_ids = self._require_tokenizer().bad_words_token_ids(params.bad_words)
+        return params.clone(bad_words_token_ids=bad_ids)
+
+    def _add_all(
+        self,
+        inputs: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+    ) -> list[str]:
+        """Queue all prompts, or none of them if one is refused."""
+        request_ids: list[str] = []
+        try:
+            for (text, token_ids), each, priority in zip(inputs, params, priorities, strict=True):
+                request_id = str(next(self._request_numbers))
+                children = self._processor.add_request(request_id, text, token_ids, each)
+                request_ids.append(request_id)
+                for child in children:
+                    self.engine.add_request(
+                        child.request_id, token_ids, child.sampling_params, priority=priority
+                    )
+        except BaseException:
+            self._abort_all(request_ids)
+            raise
+        return request_ids
+
+    def _abort_all(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            for child_id in self._processor.abort(request_id):
+                self.engine.abort(child_id)
+
+    def _step(self) -> list[RequestOutput]:
+        """Run one step of the engine; return the outputs that it changed."""
+        result = self.engine.step()
+        if (step := result.step) is None:
+            return []
+        if step.prompt_scores is not None:
+            for chunk, arrays in step.prompt_scores.on_host():
+                self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
+        processed = self._processor.process(result.outputs, step.logprobs())
+        for stopped in processed.stopped:
+            self.engine.finish(stopped.request_id, stopped.stop_reason)
+        return processed.request_outputs
+
+    def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+        """Step until all are finished; whatever interrupts it aborts them."""
+        finished: dict[str, RequestOutput] = {}
+        try:
+            with _Progress(len(request_ids), disable=not use_tqdm) as progress:
+                while len(finished) < len(request_ids):
+                    for output in self._step():
+                        finished[output.request_id] = output
+                        progress.update(output)
+        finally:
+            self._abort_all([i for i in request_ids if i not in finished])
+        return [finished[request_id] for request_id in request_ids]
+
+
+class _Progress:
+    """A progress bar of prompts that also says how many tokens a second go in and out."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        self._bar = tqdm(total=total, desc="Processed prompts", disable=disable, dynamic_ncols=True)
+        self._started = time.perf_counter()
+        self._num_input_tokens = self._num_output_tokens = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, output: RequestOutput) -> None:
+        self._num_input_tokens += len(output.prompt_token_ids or ())
+        self._num_output_tokens += sum(len(each.token_ids) for each in output.outputs)
+        seconds = time.perf_counter() - self._started
+        self._bar.set_postfix_str(
+            f"input {self._num_input_tokens / seconds:.1f} tok/s, "
+            f"output {self._num_output_tokens / seconds:.1f} tok/s"
+        )
+        self._bar.update()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], int):
+        return [prompts]
+    return list(prompts)
+
+
+def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """Return (text, token ids); one of them may be None."""
+    if isinstance(prompt, str):
+        return prompt, None
+    if isinstance(prompt, Mapping):
+        token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+        if token_ids is None and not isinstance(text, str):
+            raise ValueError(
+                f"a prompt needs 'prompt' (text) or 'prompt_token_ids', got {sorted(prompt)}"
+            )
+        return text, None if token_ids is None else list(token_ids)
+    if all(isinstance(token_id, int) for token_id in prompt):
+        return None, list(prompt)
+    raise ValueError(f"a prompt must be text, token ids or a dict of them, got {type(prompt)}")
+
+
+def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "logprob_token_ids"):
+        outside = [i for i in getattr(params, name) or () if not 0 <= i < vocab_size]
+        if outside:
+            raise ValueError(
+                f"{name} holds {outside[0]}, which is not in the vocabulary of {vocab_size}: use "
+                "ids of this model's tokenizer"
+            )
+
+
+def _load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None) -> Tokenizer:
+    """Load the tokenizer named, or the one that lies with the model."""
+    generation_config = checkpoint.generation_config or {
+        "eos_token_id": checkpoint.hf_config.get("eos_token_id")
+    }
+    if tokenizer is not None and not tokenizer.endswith(".gguf"):
+        return load_tokenizer(tokenizer, generation_config=generation_config)
+    source = checkpoint if tokenizer is None else open_model(tokenizer)
+    with tempfile.TemporaryDirectory(prefix="jaxengine-tokenizer-") as directory:
+        source.write_tokenizer(Path(directory))
+        return load_tokenizer(directory, generation_config=generation_config)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxengine" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
