@@ -124,12 +124,20 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
-    def reset_prefix_cache(self) -> None:
-        """Forget the content of all blocks, as after a change of weights."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget the content of all blocks, as after a change of weights.
+
+        Returns:
+            True; False, with nothing changed, while any block is held: its request would
+            go on to name blocks after content that is no longer right.
+        """
+        if self.num_held_blocks:
+            return False
         self._block_of_hash.clear()
         self._hash_of_block = [None] * self.num_blocks
         self._empty.extend(self._cached)
         self._cached.clear()
+        return True
 
     def check_integrity(self, holders: Iterable[Sequence[int]] | None = None) -> None:
         """Check that no block is lost or counted twice.

@@ -118,13 +118,19 @@ def test_of_two_blocks_with_one_content_the_first_is_found() -> None:
     pool.check_integrity([])
 
 
-def test_reset_prefix_cache_forgets_content_and_frees_nothing_held() -> None:
+def test_reset_prefix_cache_forgets_all_content() -> None:
+    pool = pool_with_cached(HASH_A, HASH_B)
+    assert pool.reset_prefix_cache()
+    assert pool.find_cached(HASH_A) is None
+    pool.check_integrity([])
+
+
+def test_reset_prefix_cache_changes_nothing_while_a_block_is_held() -> None:
     pool = pool_with_cached(HASH_A, HASH_B)
     pool.acquire([1])
-    pool.reset_prefix_cache()
-    assert pool.find_cached(HASH_A) is None
-    assert pool.num_held_blocks == 1
-    pool.check_integrity([[1]])
+    assert not pool.reset_prefix_cache()
+    assert pool.find_cached(HASH_A) == 1
+    assert pool.find_cached(HASH_B) == 2
 
 
 def test_integrity_check_names_a_block_whose_count_is_wrong() -> None:

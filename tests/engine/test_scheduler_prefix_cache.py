@@ -187,6 +187,6 @@ def test_the_prefix_cache_can_be_forgotten(sliding_window: int | None) -> None:
     add(scheduler, make_request("a", PROMPT))
     run_step(scheduler)
     scheduler.abort("a")
-    scheduler.block_pool.reset_prefix_cache()
+    assert scheduler.block_pool.reset_prefix_cache()
     add(scheduler, make_request("b", PROMPT))
     assert scheduled_tokens(run_step(scheduler)) == {"b": 9}
