@@ -25,7 +25,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
+        self._beginnings = frozenset(stop[:end] for stop in stops for end in range(1, len(stop)))
+        self._longest = max(map(len, self._beginnings), default=0)
 
     def __bool__(self) -> bool:
         return bool(self._stops)
@@ -47,8 +48,8 @@ class StopStrings:
 
     def num_held_characters(self, text: str) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
+        end = text[-self._longest :] if self._longest else ""
+        for start in range(len(end)):
+            if end[start:] in self._beginnings:
+                return len(end) - start
         return 0

@@ -1,0 +1,123 @@
+"""Command-line flags, made from the fields of EngineConfig and SamplingParams.
+
+A field added there is a flag here, with the help text of its docstring.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxengine.config import EngineConfig
+from jaxengine.sampling_params import SamplingParams
+
+# Sampling parameters that make sense on a command line.
+SAMPLING_FIELDS = (
+    *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
+    *("skip_special_tokens", "logprobs", "prompt_logprobs", "logit_bias", "bad_words"),
+    *("allowed_token_ids",),
+)
+REPEATED_FIELDS = {"stop": str, "stop_token_ids": int, "bad_words": str, "allowed_token_ids": int}
+ALIASES = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"]}
+SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def hyphenate(arguments: Sequence[str]) -> list[str]:
+    """Spell ``--foo_bar`` as ``--foo-bar``, up to a lone ``--``."""
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [_hyphenate_flag(argument) for argument in arguments[:end]] + arguments[end:]
+
+
+def _hyphenate_flag(argument: str) -> str:
+    match = re.match(r"--[\w-]+(?==|$)", argument)
+    return argument if match is None else match[0].replace("_", "-") + argument[match.end() :]
+
+
+def human_int(text: str) -> int:
+    """Read an integer with an optional suffix: 32k is 32000, 32K is 32768."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer such as 4096 or 32k")
+    value = float(match[1]) * SUFFIXES.get(match[2], 1)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of EngineConfig but the model."""
+    group = parser.add_argument_group("engine")
+    helps = _field_helps(EngineConfig)
+    for field in dataclasses.fields(EngineConfig):
+        if field.name != "model":
+            _add_field(group, field, helps.get(field.name, ""))
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for the sampling parameters; those not given keep the model's defaults."""
+    group = parser.add_argument_group("sampling", "Defaults are the model's own.")
+    helps = _field_helps(SamplingParams)
+    fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
+    for name in SAMPLING_FIELDS:
+        _add_field(group, fields[name], helps.get(name, ""))
+
+
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the engine flags that were given."""
+    names = (field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
+    return _given(options, names)
+
+
+def sampling_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling flags that were given."""
+    return _given(options, SAMPLING_FIELDS)
+
+
+def _given(options: argparse.Namespace, names: Any) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def _add_field(group: Any, field: dataclasses.Field[Any], help_text: str) -> None:
+    flags = ["--" + field.name.replace("_", "-"), *ALIASES.get(field.name, [])]
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    options["help"] = help_text.replace("%", "%%")
+    annotation = str(field.type)
+    if field.name in REPEATED_FIELDS:
+        options |= {"action": "append", "type": REPEATED_FIELDS[field.name]}
+        options["help"] += " May be repeated."
+    elif field.default in (True, False) and isinstance(field.default, bool):
+        options["action"] = argparse.BooleanOptionalAction
+    elif "Mapping" in annotation:
+        options |= {"type": json_object, "metavar": "JSON"}
+    elif re.search(r"\bint\b", annotation):
+        options |= {"type": human_int, "metavar": "N"}
+    elif re.search(r"\bfloat\b", annotation):
+        options |= {"type": float, "metavar": "X"}
+    group.add_argument(*flags, **options)
+
+
+def _field_helps(cls: type) -> dict[str, str]:
+    """Read the field descriptions of a class out of its Google-style docstring."""
+    doc = inspect.getdoc(cls) or ""
+    section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^    (\w+): ((?:.*\n?)(?:     +.*\n?)*)", section[1], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
