@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 MAX_NUM_SEQS_PER_PROMPT = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
@@ -17,6 +18,11 @@ MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
 MIN_TEMPERATURE = 0.01  # smaller ones overflow float16 logits; vLLM raises them too
 MAX_LOGIT_BIAS = 100.0
+FLOAT_FIELDS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("temperature", "top_p", "min_p"),
+)
+INT_FIELDS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 
 
 class RequestOutputKind(enum.Enum):
@@ -161,13 +167,19 @@ class SamplingParams:
                 "structured_outputs is not supported yet; leave it None and check the text instead"
             )
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        self.stop_token_ids = list(self.stop_token_ids or ())
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            token_ids = getattr(self, name)
+            if token_ids is not None:
+                setattr(self, name, [_plain_int(token_id) for token_id in token_ids])
+        self.stop_token_ids = self.stop_token_ids or []
+        for name in FLOAT_FIELDS:
+            setattr(self, name, _number(name, getattr(self, name)))
+        for name in INT_FIELDS:
+            setattr(self, name, _plain_int(getattr(self, name)))
         self.seed = None if self.seed == -1 else self.seed
         self.top_k = 0 if self.top_k == -1 else self.top_k
         self.logprobs = _count_of(self.logprobs)
         self.prompt_logprobs = _count_of(self.prompt_logprobs)
-        for name in ("temperature", "top_p", "min_p"):
-            setattr(self, name, _number(name, getattr(self, name)))
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             self.temperature = MIN_TEMPERATURE
         if self.logit_bias is not None:
@@ -181,10 +193,10 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
             ("min_p", 0.0, 1.0),
         ):
-            value = _number(name, getattr(self, name))
+            value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-        if not _number("repetition_penalty", self.repetition_penalty) > 0.0:
+        if not self.repetition_penalty > 0.0:
             raise ValueError(
                 f"repetition_penalty must be above 0 (1 means off), got {self.repetition_penalty}"
             )
@@ -259,9 +271,14 @@ class SamplingParams:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
+
+
+def _plain_int(value: Any) -> Any:
+    """Turn the integers of numpy into Python's; anything else stays, to be refused later."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _count_of(value: Any) -> Any:

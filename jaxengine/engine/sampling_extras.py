@@ -55,7 +55,9 @@ class SlotExtras:
         self._min_tokens = params.min_tokens
         self._bad_words = params.bad_words_token_ids or []
         prompt = np.unique(prompt_token_ids) if params.repetition_penalty != 1.0 else ()
-        self._prompt = _entries(prompt, PROMPT_TOKEN)
+        self._history = _entries(prompt, PROMPT_TOKEN)  # with room behind num_history
+        self._num_history = len(prompt)
+        self._num_known = self._num_prompt_tokens  # tokens of the request that are in it
         bias = dict(params.logit_bias or {})
         self._bias = _entries(list(bias), _bits(np.array(list(bias.values()), np.float32)))
         self._min_tokens_bias = _entries(sorted(end_token_ids), _bits(np.float32(-np.inf)))
@@ -77,7 +79,7 @@ class SlotExtras:
         """
         groups = []
         if self._has_penalties:
-            groups += [("history", self._prompt), ("history", self._output(request))]
+            groups.append(("history", self._known_history(request)))
         if self._bias.shape[1]:
             groups.append(("biases", self._bias))
         if position - self._num_prompt_tokens < self._min_tokens:
@@ -92,9 +94,19 @@ class SlotExtras:
             array[0] = row
             entries.setdefault(group, []).append(array)
 
-    def _output(self, request: Any) -> np.ndarray:
-        tokens = request.all_token_ids[self._num_prompt_tokens :]
-        return _entries(np.array(tokens, np.int32), 1)
+    def _known_history(self, request: Any) -> np.ndarray:
+        tokens = request.all_token_ids[self._num_known :]
+        if len(tokens):
+            start, end = self._num_history, self._num_history + len(tokens)
+            if end > self._history.shape[1]:
+                room = np.zeros((3, 2 * end), np.int32)
+                room[:, :start] = self._history[:, :start]
+                self._history = room
+            self._history[1, start:end] = tokens
+            self._history[2, start:end] = 1
+            self._num_history = end
+            self._num_known += len(tokens)
+        return self._history[:, : self._num_history]
 
     def _completed_bad_words(self, request: Any, is_pending: bool) -> np.ndarray:
         """Bad words of which only the last token is missing, or that and the pending one."""
