@@ -5,8 +5,17 @@ from convert.checkpoint import Checkpoint
 from convert.parameters import Parameter, parameters
 from convert.readers import open_checkpoint
 from convert.rules import register_family
+from convert.save import ConversionSummary, convert_checkpoint
 
-__all__ = ["Checkpoint", "Parameter", "open_checkpoint", "parameters", "register_family"]
+__all__ = [
+    "Checkpoint",
+    "ConversionSummary",
+    "Parameter",
+    "convert_checkpoint",
+    "open_checkpoint",
+    "parameters",
+    "register_family",
+]
 
 register_family("LlamaForCausalLM", llama.rules)
 register_family("MistralForCausalLM", mistral.rules)

@@ -45,16 +45,21 @@ def refuse_interrupted(path: Path) -> None:
     """
     if (path / PARAMETERS).is_dir() or INCOMPLETE in path.name:
         raise ValueError(f"{path} is an incomplete conversion (no {MANIFEST}): run it again")
-    if not path.exists() and path.parent.is_dir():
-        names = (p.name for p in path.parent.iterdir())
-        rests = sorted(
-            n for n in names if n.startswith((path.name + INCOMPLETE, path.name + REPLACED))
+    rests = [] if path.exists() else interrupted(path)
+    if rests:
+        raise ValueError(
+            f"{path} was never completed: an interrupted conversion left "
+            f"{', '.join(rest.name for rest in rests)} beside it. Run the conversion again"
+            f" ({REPLACED}* is an earlier one, complete: rename it to get it back)."
         )
-        if rests:
-            raise ValueError(
-                f"{path} was never completed: an interrupted conversion left {', '.join(rests)} "
-                "beside it. Run the conversion again; the rest can be deleted."
-            )
+
+
+def interrupted(path: Path) -> list[Path]:
+    """What killed conversions to ``path`` have left beside it."""
+    if not path.parent.is_dir():
+        return []
+    prefixes = (path.name + INCOMPLETE, path.name + REPLACED)
+    return sorted(rest for rest in path.parent.iterdir() if rest.name.startswith(prefixes))
 
 
 def open_converted(path: Path) -> Checkpoint:

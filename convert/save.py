@@ -9,6 +9,7 @@ which is an order of magnitude slower than a disk.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,19 +75,21 @@ def convert_checkpoint(
     num_bytes = sum(parameter.nbytes for parameter in tree)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(out.parent, num_bytes)
+    _remove_rests(out)
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}{converted.INCOMPLETE}", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
-            _write_parameters(partial / converted.PARAMETERS, tree, bar)
-        _sync(partial)
-        _write_manifest(partial, tree)
-        _publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with holding(partial):
+        try:
+            partial.chmod(0o755)  # mkdtemp makes it private
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
+            with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
+                _write_parameters(partial / converted.PARAMETERS, tree, bar)
+            _sync(partial)
+            _write_manifest(partial, tree)
+            _publish(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return ConversionSummary(out, len(tree), num_bytes, time.perf_counter() - start)
 
 
@@ -96,6 +100,30 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists: choose another directory, or pass --overwrite")
     if not converted.is_converted(out):
         raise ValueError(f"{out} is no converted checkpoint, so it is not overwritten: delete it")
+
+
+@contextmanager
+def holding(directory: Path) -> Iterator[None]:
+    """Lock a directory, so that another process can see that somebody works in it.
+
+    Raises:
+        BlockingIOError: If somebody does.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_rests(out: Path) -> None:
+    """Delete what killed conversions to the same place have left."""
+    for path in converted.interrupted(out):
+        # While ``out`` is not there, its predecessor under another name is all there is.
+        if converted.INCOMPLETE in path.name or out.exists():
+            with suppress(BlockingIOError), holding(path):
+                shutil.rmtree(path)
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:
@@ -147,7 +175,8 @@ def _write_manifest(directory: Path, tree: list[Parameter]) -> None:
 
 def _publish(partial: Path, out: Path) -> None:
     """Give the finished directory its name."""
-    replaced = partial.with_name(partial.name.replace(converted.INCOMPLETE, converted.REPLACED))
+    unique = partial.name.removeprefix(out.name + converted.INCOMPLETE)
+    replaced = out.with_name(f"{out.name}{converted.REPLACED}{unique}")
     if converted.is_converted(out):
         out.rename(replaced)
     partial.rename(out)

@@ -1,0 +1,201 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from convert import hub, open_checkpoint
+from tests.convert.tiny import make_model, save_model
+
+
+def test_importing_convert_imports_neither_jax_nor_torch_nor_transformers() -> None:
+    code = "import sys, convert; print([m for m in ('jax', 'torch', 'transformers', 'orbax', "
+    code += "'huggingface_hub', 'jaxengine') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_directory_gives_config_tokenizer_and_generation_config(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("not the tokenizer's")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.format == "safetensors"
+    assert checkpoint.hf_config["hidden_size"] == 48
+    assert checkpoint.tokenizer_files() == {"tokenizer.json": b"{}"}
+    assert checkpoint.generation_config == {"eos_token_id": 2}
+
+
+def test_tensors_are_known_by_name_and_read_whole(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert sorted(checkpoint.names) == sorted(model.state_dict())
+    assert checkpoint.nbytes("model.norm.weight") == 4 * 48
+    expected = model.state_dict()["lm_head.weight"].numpy()
+    assert (checkpoint.read("lm_head.weight") == expected).all()
+
+
+def test_safetensors_are_preferred_where_a_pickle_is_there_too(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert open_checkpoint(tmp_path).format == "safetensors"
+
+
+def sharded(directory: Path) -> dict[str, Any]:
+    """Save a model in shards; returns the content of the index."""
+    make_model("Llama").save_pretrained(directory, max_shard_size="20kB")
+    index: dict[str, Any] = json.loads((directory / "model.safetensors.index.json").read_text())
+    return index
+
+
+def test_a_missing_shard_is_named_with_a_tensor_it_holds(tmp_path: Path) -> None:
+    shard = sharded(tmp_path)["weight_map"]["model.norm.weight"]
+    (tmp_path / shard).unlink()
+    with pytest.raises(ValueError, match=rf"names the file '{shard}', which is missing; it holds"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_shard_that_lacks_a_tensor_of_the_index_is_named(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    shard = index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["model.ghost.weight"] = shard
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{shard} lacks tensors .*model\.ghost\.weight"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_cannot_point_outside_its_directory(tmp_path: Path) -> None:
+    index = {"weight_map": {"x": "../outside.safetensors"}}
+    (tmp_path / "outside.safetensors").write_bytes(b"")
+    inside = tmp_path / "model"
+    inside.mkdir()
+    (inside / "config.json").write_text("{}")
+    (inside / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"outside\.safetensors"):
+        open_checkpoint(inside)
+
+
+def test_a_sharded_pickled_checkpoint_is_read_through_its_index(tmp_path: Path) -> None:
+    import torch
+
+    tensors = make_model("Llama").state_dict()
+    weight_map = {}
+    for number, name in enumerate(tensors):
+        file = f"pytorch_model-{number % 2}.bin"
+        weight_map[name] = file
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        torch.save(part, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.format == "pytorch_bin"
+    assert sorted(checkpoint.names) == sorted(tensors)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "config.json is missing"), ("{", "is not valid JSON"), ("[]", "holds a JSON list")],
+)
+def test_a_bad_config_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    save_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_a_directory_without_weights_lists_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "readme.md").write_text("hello")
+    with pytest.raises(ValueError, match=r"holds no weights: looked for .*, found readme\.md"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["./missing", "/missing/model", "no-organisation", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(source: str) -> None:
+    with pytest.raises(ValueError, match="is neither a directory, a GGUF file nor a hub name"):
+        open_checkpoint(source)
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[list[str]]:
+    """Replace the hub's download by ``answer()``; returns the patterns each call asked for."""
+    import huggingface_hub
+
+    calls: list[list[str]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert name == "org/name"
+        calls.append(allow_patterns)
+        return str(answer())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_a_hub_model_with_safetensors_is_fetched_without_its_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    calls = fake_hub(monkeypatch, lambda: tmp_path)
+    assert open_checkpoint("org/name").source == tmp_path
+    assert len(calls) == 1
+    assert not any(pattern.endswith(".bin") for pattern in calls[0])
+
+
+def test_a_hub_model_without_safetensors_is_fetched_with_its_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    torch.save({"x": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    calls = fake_hub(monkeypatch, lambda: tmp_path)
+    assert open_checkpoint("org/name").format == "pytorch_bin"
+    assert "pytorch_model*.bin" in calls[1]
+
+
+def hub_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None)
+
+    def fail() -> None:
+        error = getattr(errors, kind, None)
+        if error is None:
+            raise ConnectionError("no route")
+        if issubclass(error, errors.HfHubHTTPError):
+            raise error("refused", response=response)
+        raise error("refused")
+
+    fake_hub(monkeypatch, fail)
+    with pytest.raises(ValueError, match="org/name") as raised:
+        open_checkpoint("org/name")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedies"),
+    [
+        ("GatedRepoError", ["gated", "HF_TOKEN"]),
+        ("RepositoryNotFoundError", ["no model", "HF_TOKEN", "local directory"]),
+        ("LocalEntryNotFoundError", ["could not be reached", "HF_HUB_OFFLINE", "local directory"]),
+        ("OfflineModeIsEnabled", ["could not be reached", "HF_HUB_OFFLINE"]),
+        ("HfHubHTTPError", ["could not be reached", "HF_ENDPOINT"]),
+        ("a network that is down", ["could not be reached", "local directory"]),
+    ],
+)
+def test_a_hub_that_does_not_give_the_model_is_an_error_with_remedies(
+    monkeypatch: pytest.MonkeyPatch, kind: str, remedies: list[str]
+) -> None:
+    text = hub_error(monkeypatch, kind)
+    assert all(remedy in text for remedy in remedies)
+
+
+def test_hub_names_are_told_from_paths() -> None:
+    assert hub.is_hub_name("meta-llama/Llama-3.1-8B")
+    assert not any(map(hub.is_hub_name, ["gpt2", "./a/b", "/a/b", "../b", "a/b/c", "a/"]))
