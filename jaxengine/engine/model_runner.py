@@ -139,7 +139,7 @@ class ModelRunner:
     def measure(self, shape: StepShape, num_blocks: int) -> StepMemory:
         """Compile a shape with a cache of ``num_blocks`` and return what XLA says it needs."""
         self._set_num_blocks(num_blocks)
-        analysis = self._program(shape).memory_analysis()
+        analysis = self.program(shape).memory_analysis()
         outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return StepMemory(analysis.temp_size_in_bytes, max(outputs, 0))
 
@@ -150,9 +150,7 @@ class ModelRunner:
         self._params = params
         self._caches = self._cache_spec.allocate(num_blocks, mesh)
         self._tables = jax.device_put(np.zeros(self._table_shape, np.int32), replicated(mesh))
-        self._last_tokens = jax.device_put(
-            np.zeros(self._max_num_seqs, np.int32), replicated(mesh)
-        )
+        self._last_tokens = jax.device_put(np.zeros(self._max_num_seqs, np.int32), replicated(mesh))
 
     def compile_all(self, *, max_workers: int, show_progress: bool) -> None:
         """Compile every step shape, several at a time, so that none compiles during a run."""
@@ -161,7 +159,7 @@ class ModelRunner:
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
             tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
         ):
-            for _ in pool.map(self._program, shapes):
+            for _ in pool.map(self.program, shapes):
                 bar.update()
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
@@ -178,7 +176,7 @@ class ModelRunner:
         if overflow is not None:
             self._apply_overflow(overflow)
         scores_prompts = any(map(is_scored, step.rows))
-        forward = self._program(shape, returns_hidden=scores_prompts)
+        forward = self.program(shape, scores_prompts)
         self._caches, self._tables, logits, sample_slots, *hidden = forward(
             self._params, self._caches, self._tables, self._last_tokens, packed
         )
@@ -213,7 +211,8 @@ class ModelRunner:
             self._programs.clear()  # the cache's shape is part of every program
             self._num_blocks = num_blocks
 
-    def _program(self, shape: StepShape, returns_hidden: bool = False) -> Any:
+    def program(self, shape: StepShape, returns_hidden: bool = False) -> Any:
+        """Return the compiled forward step of a shape; compiles it the first time."""
         key = (shape, returns_hidden)
         if key not in self._programs:
             started = time.perf_counter()

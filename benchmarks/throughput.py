@@ -1,0 +1,138 @@
+"""Whole ``LLM.generate`` calls on fixed workloads: seconds, tokens a second, KV waste.
+
+    python -m benchmarks.throughput --model benchmarks/models/llama-3.1-8b --load-format dummy \
+        --workload single decode-heavy --dtype bfloat16
+
+Prints a table, and last one JSON line a workload; ``--output`` appends those to a file.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.workloads import WORKLOADS, prompts_of
+from jaxengine import LLM, SamplingParams
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=["smoke"])
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--attention-backend")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--profile", type=Path, help="write a jax.profiler trace here")
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.perf_counter()
+    llm = LLM(
+        args.model,
+        load_format=args.load_format,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
+        attention_backend=args.attention_backend,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
+    generate(llm, [(8, 1)])
+    startup_s = time.perf_counter() - started
+    times = llm.startup_times
+    print(
+        f"start to first token {startup_s:.1f} s: load {times.load_s:.1f} s, compile "
+        f"{times.compile_s:.1f} s for {times.num_programs} programs",
+        flush=True,
+    )
+    print(f"{'workload':15}{'seconds':>9}{'out tok/s':>11}{'all tok/s':>11}{'KV waste':>10}  all")
+    records = []
+    for name in args.workload:
+        record = measure(llm, name, args) | {"startup_s": round(startup_s, 2)}
+        records.append(record)
+        print(
+            f"{name:15}{record['seconds']:9.3f}{record['output_tok_s']:11.0f}"
+            f"{record['total_tok_s']:11.0f}{record['kv_waste']:10.1%}  {record['all']}",
+            flush=True,
+        )
+    for record in records:
+        print(json.dumps(record))
+    if args.output:
+        with args.output.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def measure(llm: LLM, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Time a workload; the first call is not counted."""
+    workload = WORKLOADS[name]
+    generate(llm, [(n_in, min(n_out, 4)) for n_in, n_out in workload])
+    if args.profile:
+        with jax.profiler.trace(str(args.profile / name)):
+            generate(llm, workload)
+    seconds = [generate(llm, workload) for _ in range(args.repeats)]
+    outputs = sum(n for _, n in workload)
+    best = min(seconds)
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "model": Path(args.model).name,
+        "dtype": llm.engine.model_config.dtype,
+        "workload": name,
+        "seconds": round(best, 3),
+        "all": [round(s, 3) for s in seconds],
+        "output_tok_s": round(outputs / best, 1),
+        "total_tok_s": round((outputs + sum(n for n, _ in workload)) / best, 1),
+        "kv_waste": round(llm.get_metrics().kv_waste_average, 4),
+        "num_preemptions": llm.get_metrics().num_preemptions,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "pipeline_parallel_size": args.pipeline_parallel_size,
+    }
+
+
+def generate(llm: LLM, workload: list[tuple[int, int]]) -> float:
+    prompts = prompts_of(workload, llm.engine.model_config.vocab_size)
+    params = [
+        SamplingParams(temperature=0, max_tokens=n_out, ignore_eos=True, detokenize=False)
+        for _, n_out in workload
+    ]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in workload]
+    return seconds
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
