@@ -1,9 +1,4 @@
-"""Log probabilities of sampled tokens and of prompts, float32, before any edit.
-
-The k best of a vocabulary are found in one pass over it: the k best tokens lie in the
-k blocks with the largest maxima, so only those blocks are sorted. (``lax.top_k`` over
-the whole row is a full sort on a GPU as soon as k passes 16.)
-"""
+"""Log probabilities of sampled tokens and of prompts, float32, before any edit."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-BLOCK_WIDTH = 128
+from jaxengine.engine.top_tokens import top_tokens
 
 
 class TokenLogprobs(NamedTuple):
@@ -33,29 +28,6 @@ class TokenLogprobs(NamedTuple):
     top_ids: jax.Array | None
     top_logprobs: jax.Array
     id_logprobs: jax.Array | None = None
-
-
-def top_tokens(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Return the k largest values of each row and their columns, lower column first if equal.
-
-    Args:
-        x: float32 values.
-        k: At least 1, at most V; meant for k far below V.
-    """
-    B, V = x.shape
-    x = jnp.where(x == 0.0, 0.0, x)  # top_k would put 0.0 before -0.0
-    num_blocks = -(-V // BLOCK_WIDTH)
-    if num_blocks <= 2 * k:
-        values, ids = lax.top_k(x, k)
-        return values, ids.astype(jnp.int32)
-    x = jnp.pad(x, ((0, 0), (0, num_blocks * BLOCK_WIDTH - V)), constant_values=-jnp.inf)
-    blocks = x.reshape(B, num_blocks, BLOCK_WIDTH)
-    _, chosen = lax.top_k(jnp.max(blocks, axis=2), k)
-    chosen = jnp.sort(chosen, axis=1)  # in the order of the ids, for ties
-    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(B, -1)
-    values, index = lax.top_k(candidates, k)
-    block = jnp.take_along_axis(chosen, index // BLOCK_WIDTH, axis=1)
-    return values, (block * BLOCK_WIDTH + index % BLOCK_WIDTH).astype(jnp.int32)
 
 
 def token_logprobs(

@@ -15,18 +15,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxengine.engine.logprobs import TokenLogprobs, token_logprobs
 from jaxengine.engine.random_stream import gumbel_noise, stream_keys
 from jaxengine.engine.sampling_extras import PROMPT_TOKEN
 from jaxengine.engine.sampling_inputs import (
     FLOAT_FIELDS,
+    MAX_SMALL_TOP_K,
     PackedLayout,
     SamplerVariant,
     SamplingRows,
 )
-from jaxengine.engine.truncation import order_keys, truncation_threshold
+from jaxengine.engine.top_tokens import top_tokens
+from jaxengine.engine.truncation import kept_candidates, order_keys, truncation_threshold
 
 
 class SamplerOutput(NamedTuple):
@@ -75,7 +77,7 @@ def sample(
         ``last_tokens`` with the new tokens of the rows that sample, and the output.
     """
     edited = edit_logits(logits, rows, last_tokens, variant) if variant.edits else logits
-    token_ids = sample_random(edited, rows) if variant.random else argmax(edited)
+    token_ids = sample_random(edited, rows, variant) if variant.random else argmax(edited)
     logprobs = None
     if variant.logprobs:
         logprobs = token_logprobs(logits, token_ids, variant.num_logprobs, rows.logprob_token_ids)
@@ -169,21 +171,57 @@ def _apply_penalties(
     return logits - jnp.where(num_outputs > 0, rows.presence[:, None], 0.0)
 
 
-def sample_random(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
+def sample_random(
+    logits: Float[Array, "B V"], rows: SamplingRows, variant: SamplerVariant
+) -> Int[Array, " B"]:
     """Sample each row at its temperature from what top_k, top_p and min_p keep of it.
 
     The Gumbel-max trick: the largest of logit / temperature + noise is a sample. A greedy
     row is one without noise.
     """
     logits = logits.astype(jnp.float32)
-    is_random = rows.temperature > 0
-    temperature = jnp.where(is_random, rows.temperature, 1.0)
-    scores = logits / temperature[:, None]
-    if rows.top_k is not None or rows.top_p is not None or rows.min_p is not None:
+    keys = stream_keys(rows.seed_high, rows.seed_low, rows.position)
+    if variant.only_small_top_k:
+        return _sample_best(logits, rows, keys)
+    temperature = _divisor(rows)
+    token_ids = lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
+    scores = _scores(logits, token_ids, rows, keys)
+    if variant.top_k or variant.top_p or variant.min_p:
+        top_k = rows.top_k if variant.top_k else None
         threshold = truncation_threshold(
-            logits, temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p
+            logits, temperature, top_k=top_k, top_p=rows.top_p, min_p=rows.min_p
         )
         scores = jnp.where(order_keys(logits) >= threshold[:, None], scores, -jnp.inf)
-    token_ids = lax.broadcasted_iota(jnp.uint32, logits.shape, 1)
-    noise = gumbel_noise(stream_keys(rows.seed_high, rows.seed_low, rows.position), token_ids)
-    return argmax(scores + jnp.where(is_random[:, None], noise, 0.0))
+    sampled = argmax(scores)
+    if not variant.small_top_k:
+        return sampled
+    is_small = (rows.top_k > 0) & (rows.top_k <= MAX_SMALL_TOP_K)
+    return jnp.where(is_small, _sample_best(logits, rows, keys), sampled)
+
+
+def _sample_best(
+    logits: Float[Array, "B V"], rows: SamplingRows, keys: UInt[Array, "B 2"]
+) -> Int[Array, " B"]:
+    """Sample rows with a small top_k, and greedy ones, from their best tokens only."""
+    values, token_ids = top_tokens(logits, min(MAX_SMALL_TOP_K, logits.shape[1]))
+    top_k = jnp.where(rows.temperature > 0, rows.top_k, 1)
+    kept = kept_candidates(values, _divisor(rows), top_k, top_p=rows.top_p, min_p=rows.min_p)
+    scores = _scores(values, token_ids.astype(jnp.uint32), rows, keys)
+    scores = jnp.where(kept, scores, -jnp.inf)
+    is_largest = kept & (scores == jnp.max(scores, axis=1, keepdims=True))
+    return jnp.min(jnp.where(is_largest, token_ids, logits.shape[1] - 1), axis=1)
+
+
+def _scores(
+    logits: Float[Array, "B C"],
+    token_ids: UInt[Array, "B C"],
+    rows: SamplingRows,
+    keys: UInt[Array, "B 2"],
+) -> Float[Array, "B C"]:
+    """What the sampled token has most of: logit / temperature + noise; greedy rows have none."""
+    noise = jnp.where(rows.temperature[:, None] > 0, gumbel_noise(keys, token_ids), 0.0)
+    return logits / _divisor(rows)[:, None] + noise
+
+
+def _divisor(rows: SamplingRows) -> Float[Array, " B"]:
+    return jnp.where(rows.temperature > 0, rows.temperature, 1.0)

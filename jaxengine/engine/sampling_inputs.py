@@ -21,6 +21,7 @@ import numpy as np
 from jaxengine.engine.sampling_extras import LIST_FIELDS, Entries, SlotExtras, needs_extras
 from jaxengine.sampling_params import SamplingParams
 
+MAX_SMALL_TOP_K = 64  # a top_k up to this is found without searching the vocabulary
 LIST_BUCKETS = (256, 4096, 32768, 262144, 2097152, 16777216)
 LOGPROB_BUCKETS = (0, 5, 20)
 LOGPROB_ID_BUCKETS = (0, 16, 128)
@@ -45,7 +46,10 @@ class SamplerVariant:
 
     Attributes:
         random: Some row is not greedy.
-        top_k: Some row has a top_k.
+        small_top_k: Some row has a top_k of at most MAX_SMALL_TOP_K.
+        only_small_top_k: So has every row that is not greedy: the rest of the vocabulary
+            need not be looked at.
+        top_k: Some row has a larger top_k.
         top_p: Some row has a top_p below 1.
         min_p: Some row has a min_p above 0.
         logprobs: Some row wants the logprob of its token.
@@ -58,6 +62,8 @@ class SamplerVariant:
     """
 
     random: bool = False
+    small_top_k: bool = False
+    only_small_top_k: bool = False
     top_k: bool = False
     top_p: bool = False
     min_p: bool = False
@@ -72,7 +78,7 @@ class SamplerVariant:
     @property
     def truncation(self) -> bool:
         """Whether some row cuts the distribution."""
-        return self.top_k or self.top_p or self.min_p
+        return self.small_top_k or self.top_k or self.top_p or self.min_p
 
     @property
     def edits(self) -> bool:
@@ -156,7 +162,8 @@ def _shapes(variant: SamplerVariant, num_rows: int) -> dict[str, tuple[int, ...]
     names = ["slot", "samples_token"]
     if variant.random:
         names += ["temperature", "position", "seed_high", "seed_low"]
-        names += [name for name in ("top_k", "top_p", "min_p") if getattr(variant, name)]
+        names += ["top_k"] * (variant.top_k or variant.small_top_k)
+        names += [name for name in ("top_p", "min_p") if getattr(variant, name)]
     if variant.num_history:
         names += ["repetition", "frequency", "presence"]
     if variant.num_history or variant.num_bad_words:
@@ -269,17 +276,21 @@ class SamplingState:
         self, slots: np.ndarray, entries: Entries, extras: dict[int, SlotExtras]
     ) -> SamplerVariant:
         values, wanted = self._values, self._num_logprobs[slots]
-        is_random = bool(values["temperature"][slots].any())
+        slots_random = slots[values["temperature"][slots] > 0]
+        top_k = values["top_k"][slots_random]
+        is_small = (top_k > 0) & (top_k <= MAX_SMALL_TOP_K)
         sizes = {
             f"num_{group}": _bucket(max(1, sum(a.shape[1] for a in arrays)), LIST_BUCKETS)
             for group, arrays in entries.items()
         }
         num_ids = max((len(extra.logprob_token_ids) for extra in extras.values()), default=0)
         return SamplerVariant(
-            random=is_random,
-            top_k=is_random and bool(values["top_k"][slots].any()),
-            top_p=is_random and bool((values["top_p"][slots] < 1.0).any()),
-            min_p=is_random and bool(values["min_p"][slots].any()),
+            random=slots_random.size > 0,
+            small_top_k=bool(is_small.any()),
+            only_small_top_k=slots_random.size > 0 and bool(is_small.all()),
+            top_k=bool((top_k > MAX_SMALL_TOP_K).any()),
+            top_p=bool((values["top_p"][slots_random] < 1.0).any()),
+            min_p=bool(values["min_p"][slots_random].any()),
             logprobs=bool((wanted != NO_LOGPROBS).any()),
             num_logprobs=_num_logprobs(wanted, self._vocab_size),
             num_logprob_ids=_bucket(num_ids, LOGPROB_ID_BUCKETS),

@@ -5,6 +5,9 @@ top_p are found by bisection over the 32 bits of an order-preserving integer vie
 the float32 logits, so they are exact, and cost a fixed number of passes over [B, V].
 Tokens equal to the threshold are all kept, so that ties never depend on their order.
 
+A small top_k needs none of that: its few best tokens are found in one pass, sorted, and
+cut by ``kept_candidates``. There exactly top_k are kept, of equals those with the lowest ids.
+
 Probabilities are summed as integers: the sum is the same in any order, so that a row
 is cut alike in every batch, whatever shape XLA tiles its reductions for.
 """
@@ -13,7 +16,7 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LOWEST_KEY = -(2**31)
 MASS_BITS = 30  # a probability is a multiple of 2**-30; a row's sum stays below 2**31
@@ -55,7 +58,7 @@ def _search(
 ) -> Int[Array, " B"]:
     def reached(threshold: Int[Array, " B"]) -> Int[Array, " B"]:
         at_or_above = keys >= threshold[:, None]
-        counted = at_or_above.astype(jnp.int32) if weights is None else at_or_above * weights
+        counted = jnp.where(at_or_above, 1 if weights is None else weights, 0)
         return (jnp.sum(counted, axis=1) >= targets).astype(jnp.int32)
 
     def settle_bits(index: Int[Array, ""], threshold: Int[Array, " B"]) -> Int[Array, " B"]:
@@ -116,8 +119,38 @@ def truncation_threshold(
     if top_p is not None:
         kept = keys >= threshold[:, None]
         mass = jnp.where(kept, integer_probabilities(logits, temperature), 0)
-        total = jnp.sum(mass, axis=1).astype(jnp.float32)
-        target = jnp.maximum(jnp.ceil(total * top_p), 1.0).astype(jnp.int32)
-        cut = largest_threshold(keys, mass, target)
+        cut = largest_threshold(keys, mass, _target_mass(mass, top_p))
         threshold = jnp.where(top_p < 1.0, jnp.maximum(threshold, cut), threshold)
     return threshold
+
+
+def kept_candidates(
+    values: Float[Array, "B C"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    *,
+    top_p: Float[Array, " B"] | None = None,
+    min_p: Float[Array, " B"] | None = None,
+) -> Bool[Array, "B C"]:
+    """Return which of a row's best tokens min_p, top_k and top_p keep.
+
+    Args:
+        values: Their float32 logits, largest first.
+        temperature: Above 0.
+        top_k: Between 1 and C.
+        top_p: 1 keeps all. None: no row uses it; the same for min_p.
+        min_p: 0 keeps all.
+    """
+    kept = lax.broadcasted_iota(jnp.int32, values.shape, 1) < top_k[:, None]
+    if min_p is not None:
+        kept &= values >= values[:, :1] + (temperature * jnp.log(min_p))[:, None]
+    if top_p is not None:
+        mass = integer_probabilities(jnp.where(kept, values, -jnp.inf), temperature)
+        mass_before = jnp.cumsum(mass, axis=1) - mass
+        kept &= (mass_before < _target_mass(mass, top_p)[:, None]) | (top_p >= 1.0)[:, None]
+    return kept
+
+
+def _target_mass(mass: Int[Array, "B V"], top_p: Float[Array, " B"]) -> Int[Array, " B"]:
+    total = jnp.sum(mass, axis=1).astype(jnp.float32)
+    return jnp.maximum(jnp.ceil(total * top_p), 1.0).astype(jnp.int32)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.engine.logprobs import prompt_logprobs, token_logprobs, top_tokens
+from jaxengine.engine.logprobs import prompt_logprobs, token_logprobs
 from jaxengine.engine.random_stream import gumbel_noise, stream_keys
 from jaxengine.engine.sampler import argmax, sample_packed
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
-from jaxengine.engine.truncation import order_keys, truncation_threshold
+from jaxengine.engine.top_tokens import top_tokens
+from jaxengine.engine.truncation import kept_candidates, order_keys, truncation_threshold
 from jaxengine.sampling_params import SamplingParams
 
 V = 300
@@ -109,14 +110,14 @@ def test_a_row_samples_the_same_token_alone_and_anywhere_in_any_batch() -> None:
     params = [
         SamplingParams(temperature=0.9),
         SamplingParams(temperature=1.2, top_p=0.9),
-        SamplingParams(temperature=0.7, top_k=40, top_p=0.8),
+        SamplingParams(temperature=1.3, top_k=40, top_p=0.8, min_p=0.01),
         GREEDY_PARAMS,
         SamplingParams(temperature=1.0, min_p=0.05),
         SamplingParams(temperature=1.5, frequency_penalty=0.5),
         SamplingParams(temperature=2.0, top_k=1000),
     ]
     alone = [sample_one(logits[i], params[i], seed=i) for i in range(7)]
-    for order in (range(7), [6, 5, 4, 3, 2, 1, 0], [3, 1, 4]):
+    for order in (range(7), [6, 5, 4, 3, 2, 1, 0], [3, 2]):
         requests = [(params[i], i, make_row(slot)) for slot, i in enumerate(order)]
         _, output = run(logits[list(order)], requests, num_rows=8)
         assert output.token_ids[: len(order)].tolist() == [alone[i] for i in order]
@@ -236,6 +237,47 @@ def test_truncation_keeps_what_sorting_keeps_with_masked_and_tied_logits(cut) ->
         expected = np.stack([reference_kept(row, params) for row in logits])
     possible = np.isfinite(logits)  # whether an impossible token is "kept" does not matter
     np.testing.assert_array_equal((kept_tokens(logits, params) & possible), expected & possible)
+
+
+SMALL_CUTS = [
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 64},
+    {"top_k": 64, "top_p": 0.7},
+    {"top_k": 40, "top_p": 1e-6},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.01, "temperature": 1.7},
+]
+
+
+@pytest.mark.parametrize("cut", SMALL_CUTS, ids=str)
+def test_a_small_top_k_keeps_a_prefix_of_the_stable_sort(cut) -> None:
+    logits = np.round(random_logits(8, scale=2.0, seed=5) * 4) / 4  # some ties
+    logits[1] = 4.0
+    logits[2, 1:] = -np.inf
+    params = SamplingParams(**cut)
+    values, ids = top_tokens(jnp.asarray(logits), 64)
+    full = functools.partial(jnp.full, 8)
+    kept = kept_candidates(
+        values,
+        full(params.temperature, dtype=jnp.float32),
+        full(params.top_k),
+        top_p=full(params.top_p, dtype=jnp.float32),
+        min_p=full(params.min_p, dtype=jnp.float32),
+    )
+    for row, row_ids, row_kept in zip(logits, np.asarray(ids), np.asarray(kept), strict=True):
+        expected = reference_prefix(row, params)
+        possible = np.isfinite(row[row_ids])
+        assert row_ids[row_kept & possible].tolist() == expected
+
+
+def reference_prefix(logits, params):
+    """Token ids in the order of likelihood, lowest id first among equals, cut to size."""
+    order = np.argsort(-logits, kind="stable")[: params.top_k]
+    x = logits[order].astype(np.float64) / params.temperature
+    p = np.exp(x - x.max())
+    p[p < params.min_p] = 0
+    num_kept = np.searchsorted(np.cumsum(p) / p.sum(), params.top_p * (1 - 1e-9)) + 1
+    return order[:num_kept][p[:num_kept] > 0].tolist()
 
 
 def test_both_search_widths_find_the_same_threshold() -> None:
