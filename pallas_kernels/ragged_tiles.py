@@ -15,19 +15,24 @@ from jaxtyping import Array, Int
 
 
 class RaggedTiles(NamedTuple):
-    """One entry per tile, heaviest first; empty tiles (``num_tokens == 0``) are last."""
+    """One entry per tile, heaviest first; unused entries (``num_tokens == 0``) are last.
+
+    Of the tokens of a tile, those from ``start`` to ``num_tokens`` are its own.
+    """
 
     row: jax.Array  # [num_tiles] int32 row of the batch: whose block table to read
-    token: jax.Array  # [num_tiles] int32 first query token, an index into the T packed tokens
-    num_tokens: jax.Array  # [num_tiles] int32 valid query tokens, at most tile_q
-    position: jax.Array  # [num_tiles] int32 position of the first query token in its sequence;
+    token: jax.Array  # [num_tiles] int32 first token, an index into the T packed tokens
+    start: jax.Array  # [num_tiles] int32 tokens to leave alone first: they are another row's
+    num_tokens: jax.Array  # [num_tiles] int32 tokens up to the tile's last one, at most tile_q
+    position: jax.Array  # [num_tiles] int32 position of ``token`` in its sequence;
     #   position + num_tokens is the number of keys the tile sees, none of them if it is <= 0
-    num_tiles: jax.Array  # [1] int32 number of tiles that are not empty
+    num_tiles: jax.Array  # [1] int32 number of used entries
 
 
-def max_num_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
+def max_num_tiles(num_tokens: int, num_rows: int, tile_q: int, alignment: int) -> int:
     """Return how many tiles T packed tokens of B rows, and the two filler rows, can need."""
-    return min(num_tokens, num_tokens // tile_q + num_rows + 2)
+    partial_tiles = -(-(num_rows + 2) * (tile_q + alignment - 2) // tile_q)
+    return min(num_tokens, num_tokens // tile_q + partial_tiles)
 
 
 def build_ragged_tiles(
@@ -37,6 +42,7 @@ def build_ragged_tiles(
     *,
     num_tokens: int,
     tile_q: int,
+    alignment: int = 1,
 ) -> RaggedTiles:
     """Cut the queries of every row from ``num_decode_rows`` on into tiles.
 
@@ -51,10 +57,12 @@ def build_ragged_tiles(
         seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
         num_decode_rows: The first rows, which another kernel serves.
         num_tokens: T, the padded number of packed tokens.
-        tile_q: Query tokens of a tile.
+        tile_q: Query tokens of a tile, at least ``alignment``.
+        alignment: Tiles begin at multiples of it, for a kernel that can load no others: the first
+            tile of a row then begins up to ``alignment - 1`` tokens before the row.
 
     Returns:
-        The list, of length ``max_num_tiles(T, B, tile_q)``.
+        The list, of length ``max_num_tiles(T, B, tile_q, alignment)``.
     """
     num_rows = seq_lens.shape[0]
     num_decode_rows = jnp.asarray(num_decode_rows, jnp.int32).reshape(1)
@@ -67,21 +75,25 @@ def build_ragged_tiles(
     starts = jnp.concatenate([query_start_loc[:-1], filler_starts])
     seq_lens = jnp.concatenate([seq_lens, jnp.zeros_like(filler_lens)])
 
-    row_tiles = lax.div(query_lens + (tile_q - 1), jnp.int32(tile_q))
+    lead = lax.rem(starts, jnp.int32(alignment))
+    row_tiles = lax.div(query_lens + lead + (tile_q - 1), jnp.int32(tile_q))
+    row_tiles = jnp.where(query_lens > 0, row_tiles, 0)
     ends = jnp.cumsum(row_tiles)
-    tile = jnp.arange(max_num_tiles(num_tokens, num_rows, tile_q), dtype=jnp.int32)
+    length = max_num_tiles(num_tokens, num_rows, tile_q, alignment)
+    tile = jnp.arange(length, dtype=jnp.int32)
     # Comparing with all row ends is one fused kernel; a binary search would be a loop of launches.
     row = jnp.sum(ends[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, num_rows + 1)
-    offset = (tile - (ends - row_tiles)[row]) * tile_q
+    offset = (tile - (ends - row_tiles)[row]) * tile_q - lead[row]  # of ``token`` in the row
     is_used = tile < ends[-1]
     token = jnp.where(is_used, starts[row] + offset, 0)
+    start = jnp.where(is_used, jnp.maximum(-offset, 0), 0)
     valid = jnp.where(is_used, jnp.minimum(query_lens[row] - offset, tile_q), 0)
     position = jnp.where(is_used, (seq_lens - query_lens)[row] + offset, 0)
     row = jnp.minimum(row, num_rows - 1)
     lightness = jnp.where(is_used, -(position + valid), jnp.iinfo(jnp.int32).max)
-    _, row, token, valid, position = lax.sort((lightness, row, token, valid, position), num_keys=1)
-    return RaggedTiles(row, token, valid, position, ends[-1:])
+    columns = lax.sort((lightness, row, token, start, valid, position), num_keys=1)[1:]
+    return RaggedTiles(*columns, ends[-1:])
 
 
 def key_tiles(

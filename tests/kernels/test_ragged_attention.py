@@ -1,17 +1,24 @@
 """Ragged prefill attention kernels against the plain jnp reference, on small ragged batches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention_reference import paged_attention_reference
+from pallas_kernels.ragged_attention_mosaic import RaggedMosaicConfig, ragged_attention_mosaic
 from pallas_kernels.ragged_attention_triton import RaggedTritonConfig, ragged_attention_triton
 
 SMALL = RaggedTritonConfig(rows=16, tile_kv=16, num_warps=4, num_stages=2)
+SMALL_MOSAIC = RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=True, num_programs=2)
+needs_mosaic_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax < 0.11 has no Mosaic GPU interpreter"
+)
 
 
 @dataclass
@@ -126,3 +133,93 @@ def test_triton_refuses_a_head_dim_over_256() -> None:
     batch = Batch([(3, 3)], head_dim=512)
     with pytest.raises(NotImplementedError, match="512"):
         ragged_attention_triton(*batch.arrays(), **batch.all_options(), interpret=True)
+
+
+MOSAIC_BATCHES = {
+    **{
+        name: BATCHES[name]
+        for name in (
+            "chunks_on_top_of_different_prefixes",
+            "decode_rows_first",
+            "padding_rows_and_tokens",
+            "multi_head",
+            "group_of_four_two_kv_heads",
+            "float16",
+            "sliding_window",
+            "window_cap_and_alibi_together",
+        )
+    },
+    "more_tiles_than_stages": Batch([(70, 290), (130, 130)], block_size=16),
+    "blocks_larger_than_a_tile": Batch([(9, 200)], block_size=128),
+    "head_dim_128": Batch([(9, 70)], head_dim=128),
+    "head_dim_256": Batch([(9, 70)], head_dim=256),
+}
+
+
+@needs_mosaic_interpreter
+@pytest.mark.parametrize("name", MOSAIC_BATCHES)
+def test_mosaic_equals_the_reference_without_races(name: str) -> None:
+    batch = MOSAIC_BATCHES[name]
+    out = ragged_attention_mosaic(
+        *batch.arrays(),
+        **batch.all_options(),
+        config=SMALL_MOSAIC,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    check(batch, out)
+
+
+@needs_mosaic_interpreter
+def test_mosaic_refuses_a_head_dim_that_is_no_multiple_of_64() -> None:
+    batch = Batch([(3, 3)], head_dim=80)
+    with pytest.raises(NotImplementedError, match="80"):
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+
+
+@needs_mosaic_interpreter
+def test_mosaic_refuses_a_block_size_that_does_not_fit_its_tiles() -> None:
+    batch = Batch([(3, 3)], block_size=24)
+    with pytest.raises(NotImplementedError, match="24"):
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+
+
+@pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="this jax is new enough")
+def test_mosaic_refuses_an_old_jax() -> None:
+    batch = Batch([(3, 3)])
+    with pytest.raises(NotImplementedError, match="too old"):
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+
+
+LARGE = {
+    "prompts": Batch([(700, 700), (513, 513), (64, 64), (1, 1)], block_size=16),
+    "chunks": Batch([(300, 1500), (129, 4000), (8, 900)], block_size=16),
+    "mixed_with_decode_rows": Batch(
+        [(1, 500)] * 37 + [(200, 333), (5, 5), (91, 2000)],
+        num_decode_rows=37,
+        block_size=16,
+        padding_tokens=30,
+        padding_rows=4,
+    ),
+    "window_cap_and_alibi": Batch(
+        [(700, 700), (300, 1500)],
+        block_size=16,
+        options={
+            "sliding_window": 333,
+            "logits_soft_cap": 20.0,
+            "alibi_slopes": 2.0 ** -jnp.arange(1, 9),
+        },
+    ),
+    "many_short_rows": Batch([(n, n + 3 * n % 50) for n in range(1, 65)], block_size=16),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", [ragged_attention_triton, ragged_attention_mosaic])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("name", LARGE)
+def test_compiled_kernel_equals_the_reference(
+    attention: Any, head_dim: int, num_kv_heads: int, name: str
+) -> None:
+    batch = replace(LARGE[name], num_heads=8, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check(batch, jax.jit(partial(attention, **batch.all_options()))(*batch.arrays()))

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_attention_mosaic import ragged_attention_mosaic
 from pallas_kernels.ragged_attention_triton import ragged_attention_triton
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
@@ -24,6 +26,7 @@ def lower(
     head_dim: int = 128,
     block_size: int = 16,
     dtype: Any = jnp.bfloat16,
+    num_tokens: int = 256,
     alibi: bool = False,
     **options: Any,
 ) -> str:
@@ -36,7 +39,7 @@ def lower(
 
     cache = jax.ShapeDtypeStruct((9, num_kv_heads, block_size, head_dim), dtype)
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (4,), (5,), ())]
-    q = jax.ShapeDtypeStruct((256, num_heads, head_dim), dtype)
+    q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(call).trace(q, cache, cache, *integers)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -61,3 +64,38 @@ def test_triton_lowers_for_block_size(block_size: int) -> None:
 
 def test_triton_lowers_for_float16() -> None:
     lower(ragged_attention_triton, dtype=jnp.float16)
+
+
+needs_new_jax = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="ragged Mosaic attention needs jax 0.11"
+)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_mosaic_lowers(head_dim: int, options: str) -> None:
+    text = lower(ragged_attention_mosaic, head_dim=head_dim, **OPTIONS[options])
+    assert "ragged_attention_mosaic" in text
+
+
+@needs_new_jax
+@pytest.mark.parametrize("num_heads", [2, 6, 14])
+def test_mosaic_lowers_for_group(num_heads: int) -> None:
+    lower(ragged_attention_mosaic, num_heads=num_heads)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("block_size", [8, 32, 64, 256])
+def test_mosaic_lowers_for_block_size(block_size: int) -> None:
+    lower(ragged_attention_mosaic, block_size=block_size)
+
+
+@needs_new_jax
+def test_mosaic_lowers_for_float16() -> None:
+    lower(ragged_attention_mosaic, dtype=jnp.float16)
+
+
+@needs_new_jax
+def test_mosaic_lowers_for_a_number_of_tokens_that_is_no_multiple_of_8() -> None:
+    lower(ragged_attention_mosaic, num_tokens=13)
