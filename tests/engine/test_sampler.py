@@ -190,7 +190,7 @@ def reference_probabilities(logits, params):
 def kept_tokens(logits, params):
     rows = len(logits)
     full = functools.partial(jnp.full, rows)
-    threshold = truncation_threshold(
+    threshold = jax.jit(truncation_threshold)(
         jnp.asarray(logits),
         full(params.temperature, dtype=jnp.float32),
         top_k=full(params.top_k),
@@ -257,7 +257,7 @@ def test_a_small_top_k_keeps_a_prefix_of_the_stable_sort(cut) -> None:
     params = SamplingParams(**cut)
     values, ids = top_tokens(jnp.asarray(logits), 64)
     full = functools.partial(jnp.full, 8)
-    kept = kept_candidates(
+    kept = jax.jit(kept_candidates)(
         values,
         full(params.temperature, dtype=jnp.float32),
         full(params.top_k),
@@ -456,7 +456,7 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks() -> None:
     score = functools.partial(prompt_logprobs, jnp.asarray(hidden), targets, lambda h: h @ weight)
     whole = token_logprobs(hidden @ weight, targets, 4)
     for chunk_size in (1, 10, 128):
-        chunked = score(4, chunk_size=chunk_size)
+        chunked = jax.jit(functools.partial(score, 4, chunk_size=chunk_size))()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
     expected = reference_logprobs(np.asarray(hidden @ weight))
     np.testing.assert_allclose(whole.logprob, expected[np.arange(37), targets], atol=1e-5)
