@@ -58,8 +58,7 @@ class _Problem(NamedTuple):
     logits_soft_cap: float | None
     has_slopes: bool
     num_programs: int
-    max_items: int
-    is_interpreted: bool
+    interpret: Any
 
     @property
     def tile_q(self) -> int:
@@ -195,19 +194,22 @@ def ragged_attention_mosaic(
         logits_soft_cap=logits_soft_cap,
         has_slopes=alibi_slopes is not None,
         num_programs=min(config.num_programs or _num_sms(), max_items),
-        max_items=max_items,
-        is_interpreted=bool(interpret),
+        interpret=interpret,
     )
     num_sections = _num_sections(problem, seq_lens, num_decode_rows, q.dtype.itemsize)
-    operands = [
-        *tiles[:5],
-        jnp.concatenate([tiles.num_tiles, num_sections[None]]),
-        block_tables,
-        *([] if alibi_slopes is None else [alibi_slopes.astype(jnp.float32)]),
-        q,
-        k_cache,
-        v_cache,
-    ]
+    schedule = jnp.concatenate([tiles.num_tiles, num_sections[None]])
+    slopes = () if alibi_slopes is None else (alibi_slopes.astype(jnp.float32),)
+    out = _call(problem, *tiles[:5], schedule, block_tables, *slopes, q, k_cache, v_cache)
+    return out[: q.shape[0] - padding]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(problem: _Problem, *operands: jax.Array) -> jax.Array:
+    """Run the kernel. Jitted so that jax lowers it once for all layers.
+
+    Each lowering numbers its kernel, and kernels that differ in number are compiled again.
+    """
+    q = operands[-3]
     kernel = plgpu.kernel(
         functools.partial(_body, problem),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -220,9 +222,9 @@ def ragged_attention_mosaic(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        **({"interpret": interpret} if interpret else {}),
+        **({"interpret": problem.interpret} if problem.interpret else {}),
     )
-    return kernel(*operands)[: q.shape[0] - padding]
+    return kernel(*operands)
 
 
 def _check_supported(
@@ -278,7 +280,7 @@ def _scratch_types(problem: _Problem, dtype: Any) -> list[Any]:
         plgpu.SMEM((CONSUMERS, ROWS, head_dim), dtype, transforms=tiled),
         plgpu.SMEM(kv_shape, dtype, transforms=tiled),
         plgpu.SMEM(kv_shape, dtype, transforms=tiled),
-        plgpu.SMEM(p_shape, dtype, transforms=tiled) if problem.is_interpreted else None,
+        plgpu.SMEM(p_shape, dtype, transforms=tiled) if problem.interpret else None,
         plgpu.RefUnion(
             plgpu.SMEM(out_shape, dtype, transforms=tiled), plgpu.SMEM(out_shape, dtype)
         ),
@@ -466,7 +468,7 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
 
     def start_values(acc_ref: Any, acc: jax.Array, p: jax.Array) -> Any:
         """Put ``acc`` into ``acc_ref`` and return p as the left operand of p @ V."""
-        if problem.is_interpreted:  # the interpreter multiplies from shared memory only
+        if problem.interpret:  # the interpreter multiplies from shared memory only
             refs.p_s.at[warpgroup][...] = p
             plgpu.commit_smem()
             return refs.p_s.at[warpgroup]
@@ -476,7 +478,7 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
     def started(acc_ref: Any, acc: jax.Array) -> jax.Array:
         """Return the value that ``acc_ref`` will have; not to be touched before a wait."""
         result = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
-        return acc + result if problem.is_interpreted else result
+        return acc + result if problem.interpret else result
 
     def visit(i: jax.Array, item: _Item, ring: jax.Array) -> jax.Array:
         del i

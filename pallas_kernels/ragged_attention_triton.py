@@ -121,16 +121,21 @@ def ragged_attention_triton(
     tiles = build_ragged_tiles(
         query_start_loc, seq_lens, num_decode_rows, num_tokens=num_tokens, tile_q=problem.tile_q
     )
-    lists = [tiles.row, tiles.token, tiles.num_tokens, tiles.position]
-    operands = [*lists, block_tables, q, k_cache, v_cache]
-    if alibi_slopes is not None:
-        operands.append(alibi_slopes.astype(jnp.float32))
+    lists = (tiles.row, tiles.token, tiles.num_tokens, tiles.position)
+    slopes = () if alibi_slopes is None else (alibi_slopes.astype(jnp.float32),)
+    return _call(problem, interpret, *lists, block_tables, q, k_cache, v_cache, *slopes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(problem: _Problem, interpret: bool, *operands: jax.Array) -> jax.Array:
+    """Run the kernel. Jitted so that jax lowers it once for all layers."""
+    q, k_cache = operands[5:7]
     return pl.pallas_call(
         functools.partial(_kernel, problem),
-        grid=(tiles.row.shape[0], num_kv_heads),
+        grid=(operands[0].shape[0], k_cache.shape[1]),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=plt.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
+            num_warps=problem.config.num_warps, num_stages=problem.config.num_stages
         ),
         interpret=interpret,
         name="ragged_attention_triton",

@@ -92,8 +92,9 @@ def build_ragged_tiles(
     position = jnp.where(is_used, (seq_lens - query_lens)[row] + offset, 0)
     row = jnp.minimum(row, num_rows - 1)
     lightness = jnp.where(is_used, -(position + valid), jnp.iinfo(jnp.int32).max)
-    columns = lax.sort((lightness, row, token, start, valid, position), num_keys=1)[1:]
-    return RaggedTiles(*columns, ends[-1:])
+    columns = lax.sort((lightness, row, token, start, valid, position), num_keys=1)
+    _, row, token, start, valid, position = columns
+    return RaggedTiles(row, token, start, valid, position, ends[-1:])
 
 
 def key_tiles(
