@@ -31,7 +31,7 @@ from pallas_kernels.paged_attention import (
     paged_attention,
 )
 from pallas_kernels.paged_attention_reference import paged_attention_reference
-from pallas_kernels.tiles import DecodeConfig
+from pallas_kernels.tiles import mosaic_decode_config, triton_decode_config
 
 ERROR_LIMIT = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-4}
 
@@ -94,6 +94,8 @@ DECODE_MORE = [
     Case("decode 256 uneven", uneven_rows(256)),
     decode_case(64, 2048, name="decode 64x2048 W=8192", table_width=8192),
     decode_case(64, 2048, name="decode 64x2048 block 64", block_size=64),
+    decode_case(256, 384, name="decode 256x384 block 32", block_size=32),
+    decode_case(256, 384, name="decode 256x384 block 64", block_size=64),
     decode_case(256, 384, name="decode 256x384 G=2", group=2),
     decode_case(256, 384, name="decode 256x384 H=64 K=3 G=3", head_dim=64, num_kv_heads=3, group=3),
     decode_case(64, 2048, name="decode 64x2048 H=256", head_dim=256, num_kv_heads=4),
@@ -359,17 +361,8 @@ def shipped(case: Case, implementations: list[str]) -> Iterator[tuple[str, str, 
 
 
 def decode_sweep(case: Case, implementation: str) -> Iterator[tuple[str, str, Any, Attention]]:
-    """One parameter changed at a time, from the plain configuration, then promising pairs."""
-    base = DecodeConfig()
-    steps: list[dict[str, Any]] = [
-        {},
-        {"tile_kv": 32},
-        {"tile_kv": 128},
-        {"tile_kv": 128, "num_stages": 2},
-        {"num_stages": 2},
-        {"num_stages": 4},
-        {"num_stages": 5},
-        {"splits_per_sm": 1},
+    """One or two parameters changed at a time, from the shipped configuration."""
+    splits: list[dict[str, Any]] = [
         {"splits_per_sm": 2},
         {"splits_per_sm": 8},
         {"min_split_tokens": 64},
@@ -377,13 +370,30 @@ def decode_sweep(case: Case, implementation: str) -> Iterator[tuple[str, str, An
         {"min_split_tokens": 512},
     ]
     if implementation == "triton":
-        steps[6:6] = [
+        base = triton_decode_config(case.head_dim, len(case.rows))
+        steps: list[dict[str, Any]] = [
+            {"num_stages": 2},
+            {"num_stages": 4},
+            {"tile_kv": 32, "num_stages": 4},
+            {"tile_kv": 128},
+            {"tile_kv": 128, "num_warps": 8},
+            {"tile_kv": 128, "num_stages": 2},
             {"num_warps": 2},
+            {"num_warps": 2, "num_stages": 4},
             {"num_warps": 8},
             {"tile_kv": 32, "num_warps": 2, "num_stages": 4},
-            {"tile_kv": 128, "num_warps": 8},
-            {"num_warps": 2, "num_stages": 4},
-            {"num_warps": 1, "tile_kv": 32, "num_stages": 4},
+            {"tile_kv": 32, "num_warps": 1, "num_stages": 4},
+            *splits,
+        ]
+    else:
+        base = mosaic_decode_config(case.head_dim, len(case.rows))
+        steps = [
+            {"num_stages": 3},
+            {"num_stages": 4},
+            {"num_stages": 6},
+            {"tile_kv": 128},
+            {"tile_kv": 128, "num_stages": 3},
+            *splits,
         ]
     for step in steps:
         config = replace(base, **step)

@@ -1,14 +1,16 @@
 """Paged attention for decode in Pallas Mosaic GPU, for Hopper: one query token a row.
 
 Grid (splits, K): a block of threads reduces one KV head over one stretch of one row. A producer
-warpgroup copies the stretch, one TMA a cache block, into a ring of tiles in shared memory; a
-consumer warpgroup multiplies them with the G query heads, padded to the 64 rows of wgmma (what is
-in the padding rows is never looked at). Small rings leave room for two blocks of threads an SM:
-while one starts or ends, the other keeps the memory busy. A row in one stretch is written out at
-once; the stretches of the others are merged by a second kernel, in float32.
+warpgroup copies the stretch, one TMA a cache block, into a ring of tiles in shared memory. For a
+consumer warpgroup both products are transposed, scores [tile_kv, G] = K q and out [H, G] = V^T p:
+wgmma needs 64 rows, which the keys and the head have and the G query heads have not. So little
+is kept in registers and in shared memory that several blocks of threads fit in an SM: while one
+starts or ends, the others keep the memory busy. A row in one stretch is written out at once; the
+stretches of the others are merged by a second kernel, in float32.
 Source: FlashAttention, arXiv:2205.14135, Algorithm 1 (running maximum and sum), in base 2.
-Limits: bfloat16 or float16; head_dim 64, 128 or 256; group up to 64; a block_size that divides
-tile_kv or is a multiple of it; jax 0.11 or newer; else NotImplementedError.
+Limits: bfloat16 or float16; head_dim 64, 128 or 256; group up to 64; tile_kv a multiple of 64; a
+block_size that divides tile_kv or is a multiple of it; jax 0.11 or newer; else
+NotImplementedError.
 """
 
 import functools
@@ -30,7 +32,7 @@ plgpu: Any = mosaic_gpu  # its signatures differ between versions of jax
 LOG2_E = math.log2(math.e)
 # Starting maximum: finite, so that a tile whose keys are all masked gives 0 and not NaN.
 LOWEST = -1e30
-ROWS = 64  # the M of wgmma
+MAX_GROUP = 64
 CONSUMER, PRODUCER = 0, 1
 
 
@@ -52,7 +54,7 @@ class _Problem(NamedTuple):
 
     @property
     def padded_group(self) -> int:
-        """Rows that are copied: shared memory is tiled by 8 rows."""
+        """The N of wgmma, and shared memory, come in steps of 8."""
         return -(-self.group // 8) * 8
 
     @property
@@ -124,7 +126,7 @@ def paged_decode_mosaic(
     slopes = None
     if alibi_slopes is not None:
         grouped = alibi_slopes.astype(jnp.float32).reshape(num_kv_heads, -1)
-        slopes = jnp.pad(grouped, ((0, 0), (0, ROWS - problem.group)))
+        slopes = jnp.pad(grouped, ((0, 0), (0, problem.padded_group - problem.group)))
     return _attend(problem, splits, seq_lens, block_tables, slopes, q, k_cache, v_cache)
 
 
@@ -137,8 +139,12 @@ def _check_supported(
         raise NotImplementedError(f"Mosaic decode takes bfloat16 or float16, not {q.dtype}")
     if q.shape[2] not in (64, 128, 256):
         raise NotImplementedError(f"Mosaic decode: head_dim {q.shape[2]} is not 64, 128 or 256")
-    if q.shape[1] // num_kv_heads > ROWS:
-        raise NotImplementedError(f"Mosaic decode: group {q.shape[1] // num_kv_heads} > {ROWS}")
+    if q.shape[1] // num_kv_heads > MAX_GROUP:
+        raise NotImplementedError(
+            f"Mosaic decode: group {q.shape[1] // num_kv_heads} > {MAX_GROUP}"
+        )
+    if config.tile_kv % 64:
+        raise NotImplementedError(f"Mosaic decode: tile_kv {config.tile_kv} is no multiple of 64")
     if config.tile_kv % block_size and block_size % config.tile_kv:
         raise NotImplementedError(f"Mosaic decode: block_size {block_size}, tile {config.tile_kv}")
 
@@ -157,13 +163,16 @@ def _attend(
 ) -> jax.Array:
     B, N, H = q.shape
     num_splits, num_merges = splits.row.shape[0], splits.merged_row.shape[0]
-    partial_shape = (num_splits, problem.num_kv_heads, problem.padded_group, H)
-    partial = jax.ShapeDtypeStruct(partial_shape, jnp.float32)
+    heads = (num_splits, problem.num_kv_heads)
     reduce = _kernel(
         functools.partial(_reduce_split, problem),
         problem,
         name="paged_decode",
-        out_type=(jax.ShapeDtypeStruct((B, N, H), q.dtype), partial, partial),
+        out_type=(
+            jax.ShapeDtypeStruct((B, N, H), q.dtype),
+            jax.ShapeDtypeStruct((*heads, H, problem.padded_group), jnp.float32),
+            jax.ShapeDtypeStruct((*heads, problem.padded_group), jnp.float32),
+        ),
         scratch_types=_scratch_types(problem),
         grid=(num_splits, problem.num_kv_heads),
         num_threads=2,
@@ -211,19 +220,16 @@ def _kernel(body: Any, problem: _Problem, *, name: str, **kwargs: Any) -> Any:
 
 
 def _scratch_types(problem: _Problem) -> list[Any]:
-    config, H = problem.config, problem.head_dim
+    config, group, H = problem.config, problem.padded_group, problem.head_dim
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = plgpu.SMEM((config.num_stages, config.tile_kv, H), problem.dtype, transforms=tiled)
     full = plgpu.Barrier(num_arrivals=problem.copies_per_tile, num_barriers=config.num_stages)
-    p = plgpu.SMEM((ROWS, config.tile_kv), problem.dtype, transforms=tiled)
     return [
-        plgpu.SMEM((ROWS, H), problem.dtype, transforms=tiled),
-        # The results are staged where the keys were.
-        plgpu.RefUnion(
-            ring, plgpu.SMEM((ROWS, H), problem.dtype), plgpu.SMEM((ROWS, H), jnp.float32)
-        ),
+        plgpu.SMEM((group, H), problem.dtype, transforms=tiled),
         ring,
-        p if problem.interpret else None,
+        ring,
+        plgpu.SMEM((group, config.tile_kv), problem.dtype, transforms=tiled),
+        plgpu.RefUnion(plgpu.SMEM((group, H), problem.dtype), plgpu.SMEM((H, group), jnp.float32)),
         plgpu.Barrier(),
         full,
         full,
@@ -237,9 +243,9 @@ def _reduce_split(problem: _Problem, *refs: Any) -> None:
         arguments.insert(6, None)
     row_ref, start_ref, stop_ref, is_whole_row_ref, seq_lens_ref, tables, slopes_ref = arguments[:7]
     q_ref, k_ref, v_ref, out_ref, partial_out_ref, partial_lse_ref = arguments[7:13]
-    q_s, (k_s, out_s, partial_s), v_s, p_s, q_full, k_full, v_full, free = arguments[13:]
+    q_s, k_s, v_s, p_s, (out_s, partial_s), q_full, k_full, v_full, free = arguments[13:]
     tile_kv, num_stages = problem.config.tile_kv, problem.config.num_stages
-    H = problem.head_dim
+    H, group = problem.head_dim, problem.padded_group
     split, head = lax.axis_index("split"), lax.axis_index("head")
     warpgroup = lax.axis_index("warpgroup")
     row, start, stop = row_ref[split], start_ref[split], stop_ref[split]
@@ -280,67 +286,59 @@ def _reduce_split(problem: _Problem, *refs: Any) -> None:
 
     @pl.when(is_used & (warpgroup == CONSUMER))
     def _consume() -> None:
-        plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_s.at[pl.ds(0, problem.padded_group)], q_full)
+        plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_s, q_full)
         position = seq_lens_ref[row] - 1
-        tile_layout = plgpu.Layout.WGMMA
-        row_layout, column_layout = tile_layout.reduce(1), tile_layout.reduce(0)
+        layout = plgpu.Layout.WGMMA
+        of_keys, of_heads = layout.reduce(1), layout.reduce(0)
         slopes = None
         if problem.has_alibi:
-            slopes = plgpu.load(slopes_ref.at[head], layout=row_layout, optimized=False)
+            slopes = plgpu.load(slopes_ref.at[head], layout=of_heads, optimized=False)
         plgpu.barrier_wait(q_full)
 
         def reduce_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, maximum, total = carry
             stage = lax.rem(tile, num_stages)
-            keys = (
-                start
-                + tile * tile_kv
-                + plgpu.broadcasted_iota(jnp.int32, (tile_kv,), 0, layout=column_layout)
-            )
-            plgpu.barrier_wait(k_full.at[stage])
-
-            def multiply_keys(scores: Any) -> jax.Array:
-                plgpu.wgmma(scores, q_s, k_s.at[stage].transpose((1, 0)))
-                return scores[...]
-
-            # Reading the accumulator does not depend on the wait: keep the compiler from moving it.
-            scores = lax.optimization_barrier(
-                pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, tile_kv), jnp.float32))
-            )
-            scores = _biased(problem, scores, keys - position, slopes)
+            keys = plgpu.broadcasted_iota(jnp.int32, (tile_kv,), 0, layout=of_keys)
+            keys = keys + (start + tile * tile_kv)
             visible = keys < stop
             if problem.sliding_window is not None:
                 visible &= keys > position - problem.sliding_window
-            scores = jnp.where(lax.broadcast_in_dim(visible, scores.shape, [1]), scores, LOWEST)
-            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+
+            plgpu.barrier_wait(k_full.at[stage])
+            scores = _multiply((tile_kv, group), k_s.at[stage], q_s.transpose((1, 0)))
+            scores = _biased(problem, scores, keys - position, slopes)
+            scores = jnp.where(lax.broadcast_in_dim(visible, scores.shape, [0]), scores, LOWEST)
+            new_maximum = jnp.maximum(maximum, scores.max(axis=0))
             decay = jnp.exp2(maximum - new_maximum)
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-            total = total * decay + weights.sum(axis=1)
-            acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-            weights = weights.astype(problem.dtype)
+            weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [1]))
+            # Added up over the keys of a tile only at the end: that crosses the warps.
+            total = total * lax.broadcast_in_dim(decay, total.shape, [1]) + weights
+            _store_transposed(p_s, weights.astype(problem.dtype))
+            acc = acc * lax.broadcast_in_dim(decay, acc.shape, [1])
+
             plgpu.barrier_wait(v_full.at[stage])
-            acc = _add_weighted_values(problem, acc, weights, v_s.at[stage], p_s)
+            values, p = v_s.at[stage].transpose((1, 0)), p_s.transpose((1, 0))
+            if problem.interpret:  # it cannot start an accumulator at a value
+                acc = acc + _multiply(acc.shape, values, p)
+            else:
+                acc = _multiply_add(acc, values, p)
             plgpu.barrier_arrive(free.at[stage])
             return acc, new_maximum, total
 
-        acc, maximum, total = lax.fori_loop(
-            0,
-            num_tiles,
-            reduce_tile,
-            (
-                plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), tile_layout),
-                plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
-            ),
+        start_values = (
+            plgpu.layout_cast(jnp.zeros((H, group), jnp.float32), layout),
+            plgpu.layout_cast(jnp.full((group,), LOWEST, jnp.float32), of_heads),
+            plgpu.layout_cast(jnp.zeros((tile_kv, group), jnp.float32), layout),
         )
+        acc, maximum, total = lax.fori_loop(0, num_tiles, reduce_tile, start_values)
+        total = total.sum(axis=0)
         total = jnp.where(total > 0, total, 1.0)
-        out = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+        out = acc / lax.broadcast_in_dim(total, acc.shape, [1])
         is_whole_row = is_whole_row_ref[split] == 1
 
         @pl.when(is_whole_row)
         def _store() -> None:
-            out_s[...] = out.astype(problem.dtype)
-            plgpu.commit_smem()
+            _store_transposed(out_s, out.astype(problem.dtype))
             plgpu.copy_smem_to_gmem(
                 out_s.at[pl.ds(0, problem.group)],
                 out_ref.at[row, pl.ds(head * problem.group, problem.group)],
@@ -349,21 +347,43 @@ def _reduce_split(problem: _Problem, *refs: Any) -> None:
 
         @pl.when(jnp.logical_not(is_whole_row))
         def _store_partial() -> None:
-            # The merge works element by element: it gets the row's log-sum-exp in every column.
-            lse = lax.broadcast_in_dim(maximum + jnp.log2(total), acc.shape, [0])
-            for values, target in ((out, partial_out_ref), (lse, partial_lse_ref)):
-                partial_s[...] = values
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    partial_s.at[pl.ds(0, problem.padded_group)], target.at[split, head]
-                )
-                plgpu.wait_smem_to_gmem(0)
+            partial_s[...] = out
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(partial_s, partial_out_ref.at[split, head])
+            partial_lse_ref[split, head] = maximum + jnp.log2(total)
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply(shape: tuple[int, ...], a: Any, b: Any) -> jax.Array:
+    def accumulate(product: Any) -> jax.Array:
+        plgpu.wgmma(product, a, b)
+        value: jax.Array = product[...]
+        return value
+
+    # Reading the accumulator does not depend on the wait for it: the barrier keeps it in place.
+    product: jax.Array = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+    return lax.optimization_barrier(product)
+
+
+def _multiply_add(acc: jax.Array, a: Any, b: Any) -> jax.Array:
+    def accumulate(accumulator: Any) -> None:
+        plgpu.wgmma(accumulator, a, b)
+
+    total: jax.Array = pl.run_state(accumulate)(plgpu.ACC.init(acc))
+    return lax.optimization_barrier(total)
+
+
+def _store_transposed(target: Any, values: jax.Array) -> None:
+    """Write registers [X, G] to shared memory [G, X], visible to the asynchronous units."""
+    values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+    target.transpose((1, 0))[...] = values
+    plgpu.commit_smem()
 
 
 def _biased(
     problem: _Problem, scores: jax.Array, distance: jax.Array, slopes: jax.Array | None
 ) -> jax.Array:
-    """Scores times log2(e), ready for exp2."""
+    """Scores [tile_kv, G] times log2(e), ready for exp2."""
     cap = problem.logits_soft_cap
     if cap is None:
         scores = scores * (problem.scale * LOG2_E)
@@ -372,30 +392,9 @@ def _biased(
         grown = jnp.exp2(scores * (2 * problem.scale / cap * LOG2_E))
         scores = (1.0 - 2.0 / (grown + 1.0)) * (cap * LOG2_E)
     if slopes is not None:
-        steepness = lax.broadcast_in_dim(slopes * LOG2_E, scores.shape, [0])
-        scores += steepness * lax.broadcast_in_dim(distance.astype(jnp.float32), scores.shape, [1])
+        steepness = lax.broadcast_in_dim(slopes * LOG2_E, scores.shape, [1])
+        scores += steepness * lax.broadcast_in_dim(distance.astype(jnp.float32), scores.shape, [0])
     return scores
-
-
-def _add_weighted_values(
-    problem: _Problem, acc: jax.Array, weights: jax.Array, values: Any, p_s: Any
-) -> jax.Array:
-    if problem.interpret:  # its wgmma takes references only
-        p_s[...] = weights
-        plgpu.commit_smem()
-
-        def multiply(product: Any) -> jax.Array:
-            plgpu.wgmma(product, p_s, values)
-            return product[...]
-
-        product: jax.Array = pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
-        return acc + product
-
-    def accumulate(accumulator: Any) -> None:
-        plgpu.wgmma(accumulator, weights, values)
-
-    result: jax.Array = pl.run_state(accumulate)(plgpu.ACC.init(acc))
-    return result
 
 
 def _merge_splits(
@@ -410,30 +409,39 @@ def _merge_splits(
 ) -> None:
     merge, head = lax.axis_index("split"), lax.axis_index("head")
     row = merged_row_ref[merge]
-    shape = (problem.padded_group, problem.head_dim)
-    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=2)
+    shape = (problem.head_dim, problem.padded_group)
+    layout = plgpu.Layout.WGMMA
+    of_heads = layout.reduce(0)
 
     @pl.when(row >= 0)
     def _merge_row() -> None:
         def add_split(split: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, maximum, total = carry
-            part = plgpu.load(partial_out_ref.at[split, head], layout=layout)
-            lse = plgpu.load(partial_lse_ref.at[split, head], layout=layout)
+            source = partial_out_ref.at[split, head]
+            part = plgpu.load(source, layout=layout, optimized=False)
+            lse = plgpu.load(partial_lse_ref.at[split, head], layout=of_heads, optimized=False)
             new_maximum = jnp.maximum(maximum, lse)
             decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
-            return acc * decay + part * weight, new_maximum, total * decay + weight
+            acc = acc * lax.broadcast_in_dim(decay, shape, [1])
+            acc = acc + part * lax.broadcast_in_dim(weight, shape, [1])
+            return acc, new_maximum, total * decay + weight
 
-        def constant(value: float) -> jax.Array:
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+        def constant(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+            filled: jax.Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            return filled
 
         acc, _, total = lax.fori_loop(
             first_split_ref[merge],
             end_split_ref[merge],
             add_split,
-            (constant(0.0), constant(LOWEST), constant(0.0)),
+            (
+                constant(shape, 0.0, layout),
+                constant(shape[1:], LOWEST, of_heads),
+                constant(shape[1:], 0.0, of_heads),
+            ),
         )
-        out_s[...] = (acc / total).astype(problem.dtype)
-        plgpu.commit_smem()
+        out = acc / lax.broadcast_in_dim(total, shape, [1])
+        _store_transposed(out_s, out.astype(problem.dtype))
         plgpu.copy_smem_to_gmem(
             out_s.at[pl.ds(0, problem.group)],
             out_ref.at[row, pl.ds(head * problem.group, problem.group)],

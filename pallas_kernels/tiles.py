@@ -21,7 +21,7 @@ class DecodeConfig:
     tile_kv: int = 64  # keys of one step of the loop
     num_stages: int = 3
     num_warps: int = 4
-    splits_per_sm: int = 4  # extra splits the GPU is filled with, a SM
+    splits_per_sm: float = 4  # splits that an SM works on at a time
     min_split_tokens: int = 128
 
 
@@ -34,14 +34,13 @@ def triton_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
 
 def mosaic_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
     """Return the tile sizes for Mosaic decode with B = ``num_rows``."""
-    if head_dim > 128:
-        return DecodeConfig(num_stages=2)
-    return DecodeConfig(num_stages=3)
+    # Rings of 64 KB up to head_dim 128: three blocks of threads fit in an SM.
+    return DecodeConfig(num_stages=4 if head_dim <= 64 else 2)
 
 
 def num_extra_splits(config: DecodeConfig, num_kv_heads: int) -> int:
     """Return how many splits beyond one a row keep every SM busy."""
-    return max(1, -(-config.splits_per_sm * num_sms() // num_kv_heads))
+    return max(1, int(config.splits_per_sm * num_sms() // num_kv_heads))
 
 
 def num_sms() -> int:

@@ -1,0 +1,73 @@
+"""Every shipped decode configuration lowers for CUDA, which needs no GPU and no CUDA."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.paged_attention_xla import paged_decode_xla, ragged_attention_xla
+from pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
+from pallas_kernels.paged_decode_triton import paged_decode_triton
+
+FUNCTIONS = {"triton": paged_decode_triton, "mosaic": paged_decode_mosaic, "xla": paged_decode_xla}
+H100 = jax.sharding.AbstractMesh(
+    (1,),
+    ("x",),
+    abstract_device=jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100", num_cores=132, platform="gpu"
+    ),
+)
+
+
+def lower_for_cuda(function: Callable[..., jax.Array], *shapes: Any) -> str:
+    with jax.sharding.use_abstract_mesh(H100):
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return str(lowered.as_text())
+
+
+def decode_shapes(head_dim: int, block_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    B, K, G, num_blocks = 8, 2, 4, 33
+    cache = jax.ShapeDtypeStruct((num_blocks, K, block_size, head_dim), dtype)
+    return [
+        jax.ShapeDtypeStruct((B, K * G, head_dim), dtype),
+        cache,
+        cache,
+        jax.ShapeDtypeStruct((B, 512), jnp.int32),
+        jax.ShapeDtypeStruct((B,), jnp.int32),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "options"),
+    [
+        (64, 16, {}),
+        (80, 16, {"sliding_window": 128}),
+        (96, 8, {"logits_soft_cap": 30.0}),
+        (128, 64, {}),
+        (128, 16, {"sliding_window": 4096, "logits_soft_cap": 50.0}),
+        (256, 32, {"alibi_slopes": jnp.ones((8,), jnp.float32)}),
+    ],
+    ids=lambda value: str(sorted(value)) if isinstance(value, dict) else str(value),
+)
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+def test_decode_lowers_for_cuda(
+    implementation: str, head_dim: int, block_size: int, options: dict[str, Any], dtype: Any
+) -> None:
+    function = functools.partial(FUNCTIONS[implementation], scale=0.1, **options)
+    try:
+        text = lower_for_cuda(function, *decode_shapes(head_dim, block_size, dtype))
+    except NotImplementedError as refusal:
+        pytest.skip(f"{implementation} refuses: {refusal}")
+    assert {"triton": "paged_decode_merge", "mosaic": "mosaic_gpu"}[implementation] in text
+
+
+def test_the_xla_fallback_lowers_for_cuda() -> None:
+    shapes = decode_shapes(128, 16, jnp.bfloat16)
+    starts, count = jax.ShapeDtypeStruct((9,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    assert "while" in lower_for_cuda(functools.partial(paged_decode_xla, scale=0.1), *shapes)
+    ragged = functools.partial(ragged_attention_xla, scale=0.1)
+    assert "while" in lower_for_cuda(ragged, *shapes, starts, count)
