@@ -114,6 +114,7 @@ class _Refs(NamedTuple):
     v_full: Any
     v_free: Any
     turn: Any
+    done: Any
 
 
 def default_config(head_dim: int) -> RaggedMosaicConfig:
@@ -291,6 +292,7 @@ def _scratch_types(problem: _Problem, dtype: Any) -> list[Any]:
         kv_full,
         kv_free,
         plgpu.Barrier(num_barriers=CONSUMERS),
+        plgpu.Barrier(num_arrivals=CONSUMERS + 1),
     ]
 
 
@@ -310,6 +312,10 @@ def _body(problem: _Problem, *refs: Any) -> None:
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
         _consume(problem, kernel, warpgroup)
+
+    # No warpgroup may leave while another still multiplies: the GPU calls it illegal.
+    plgpu.barrier_arrive(kernel.done)
+    plgpu.barrier_wait(kernel.done)
 
 
 def _for_each_item(problem: _Problem, refs: _Refs, visit: Any, carry: Any) -> Any:

@@ -88,10 +88,8 @@ BATCHES = {
     "group_of_three": Batch([(19, 35), (4, 9)], num_heads=6, num_kv_heads=2),
     "group_of_four_two_kv_heads": Batch([(19, 35), (4, 9)], num_heads=8, num_kv_heads=2),
     "float16": Batch([(19, 35)], dtype=jnp.float16),
-    "block_size_32": Batch([(19, 35), (8, 70)], block_size=32),
     "sliding_window": Batch([(40, 75), (9, 9)], options={"sliding_window": 11}),
     "sliding_window_of_one_key": Batch([(20, 30)], options={"sliding_window": 1}),
-    "sliding_window_longer_than_the_row": Batch([(20, 30)], options={"sliding_window": 64}),
     "soft_cap": Batch([(19, 35)], options={"logits_soft_cap": 2.0}),
     "alibi": Batch([(19, 35)], options={"alibi_slopes": jnp.array([0.5, 0.125])}),
     "window_cap_and_alibi_together": Batch(
@@ -145,7 +143,6 @@ MOSAIC_BATCHES = {
             "multi_head",
             "group_of_four_two_kv_heads",
             "float16",
-            "sliding_window",
             "window_cap_and_alibi_together",
         )
     },
