@@ -62,6 +62,7 @@ class StepShape:
             "table_columns": self.num_table_updates,
             "table_blocks": self.num_table_updates,
             "num_decode_rows": 1,
+            "is_greedy": 1,
         }
 
     @property

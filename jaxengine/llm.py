@@ -133,7 +133,8 @@ class LLM:
             tools: Function descriptions for the template.
             chat_template_kwargs: Further variables of the template.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if is_one else list(messages)
         tokenizer = self._require_tokenizer()
         prompts = [
             tokenizer.render_chat(
@@ -348,7 +349,7 @@ def _load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None) -> Tokenizer:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has chosen a place already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxengine" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

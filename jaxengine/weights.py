@@ -106,7 +106,7 @@ def param_specs(build_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, P
     return (graphdef, state), specs
 
 
-def merge_params(definition: Any, params: dict[str, jax.Array]) -> nnx.Module:
+def merge_params(definition: Any, params: dict[str, jax.Array]) -> Any:
     """Put arrays into the model that ``param_specs`` has taken apart (used while tracing)."""
     graphdef, state = definition
     flat = [
@@ -151,15 +151,13 @@ def load_params(
 
 
 def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
-    read = source.load
+    read: Callable[[Index | None], np.ndarray] = source.load
     if source.shape != spec.shape:
         read = _repeat_kv_heads(source, spec)
     return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), read)
 
 
-def _repeat_kv_heads(
-    source: Parameter, spec: ParamSpec
-) -> Callable[[Index | None], np.ndarray]:
+def _repeat_kv_heads(source: Parameter, spec: ParamSpec) -> Callable[[Index | None], np.ndarray]:
     """Read a fused weight [K, G + 2, H, ...] as [K * r, G / r + 2, H, ...].
 
     With more shards than KV heads each head is held r times, with its share of the queries.
@@ -193,9 +191,7 @@ def random_params(specs: dict[str, ParamSpec], mesh: Mesh, seed: int) -> Params:
     for path, spec in specs.items():
         kind = (spec.shape, spec.dtype, spec.spec, spec.init)
         if kind not in makers:
-            makers[kind] = jax.jit(
-                _maker(spec), out_shardings=NamedSharding(mesh, spec.spec)
-            )
+            makers[kind] = jax.jit(_maker(spec), out_shardings=NamedSharding(mesh, spec.spec))
         params[path] = makers[kind](next(keys))
     return params
 

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 
 from jaxengine.batch import StepShape
-from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.scheduler_output import SchedulerOutput
 
 NEWEST_TOKEN = -1  # stands for the row's newest sampled token, which only the device knows
@@ -17,23 +16,28 @@ class BatchBuilder:
     """Fills the packed vector of ``jaxengine.batch`` from what the scheduler chose.
 
     Args:
-        buckets: The padded sizes.
         max_num_seqs: Number of slots; the slot after the last belongs to padding rows.
     """
 
-    def __init__(self, buckets: Buckets, max_num_seqs: int) -> None:
-        self._buckets = buckets
+    def __init__(self, max_num_seqs: int) -> None:
         self._null_slot = max_num_seqs
 
-    def build(self, step: SchedulerOutput) -> tuple[StepShape, np.ndarray, TableUpdates | None]:
+    def build(
+        self, step: SchedulerOutput, shape: StepShape, *, is_greedy: bool
+    ) -> tuple[np.ndarray, TableUpdates | None]:
         """Pack a step.
 
+        Args:
+            step: What the scheduler chose.
+            shape: The padded sizes.
+            is_greedy: Whether every row takes the most likely token, so that the forward step
+                stores it as the newest one.
+
         Returns:
-            The padded shape, the packed vector, and the table updates that did not fit into it
-            (a request that comes back with many blocks), to be applied before the step.
+            The packed vector, and the table updates that did not fit into it (a request that
+            comes back with many blocks), to be applied before the step.
         """
         rows = step.rows
-        shape = self._buckets.choose(step.num_scheduled_tokens, len(rows))
         packed = np.zeros(shape.packed_size, np.int32)
         parts = _views(shape, packed)
         n = len(rows)
@@ -47,8 +51,9 @@ class BatchBuilder:
         ]
         parts["samples_token"][:n] = [row.samples_token for row in rows]
         parts["num_decode_rows"][0] = step.num_decode_rows
+        parts["is_greedy"][0] = is_greedy
         overflow = self._fill_table_updates(shape, parts, step)
-        return shape, packed, overflow
+        return packed, overflow
 
     def _fill_table_updates(
         self, shape: StepShape, parts: dict[str, np.ndarray], step: SchedulerOutput
@@ -73,7 +78,7 @@ def _views(shape: StepShape, packed: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _fill_token_ids(token_ids: np.ndarray, step: SchedulerOutput) -> None:
-    """Store each row's tokens; a newest token may be on the device only, but only as a single one."""
+    """Store each row's tokens; one that only the device knows is always alone in its row."""
     n = step.num_decode_rows
     token_ids[:n] = [
         NEWEST_TOKEN

@@ -1,7 +1,7 @@
 """The padded step sizes: the only file that decides what XLA compiles.
 
-A step is padded up to the next size, so few programs serve every batch. Sizes are close together
-where a step's time grows with its size and far apart where it does not.
+A step is padded up to the next size, so few programs serve every batch. Each program costs about
+two seconds of start-up on a GPU; sizes are close together only where a step's time grows with them.
 """
 
 import bisect
@@ -9,6 +9,7 @@ import bisect
 from jaxengine.batch import StepShape
 
 SMALL_MIXED_ROWS = 32  # most prefill steps carry few rows; padding them to all rows costs logits
+LARGE_MIXED_TOKENS = 4096  # from here on the logits of all rows cost less than another program
 
 
 class Buckets:
@@ -39,7 +40,9 @@ class Buckets:
 
     def _row_choices(self, tokens: int) -> list[int]:
         most = min(tokens, self.max_num_seqs)
-        return [SMALL_MIXED_ROWS, most] if most > SMALL_MIXED_ROWS else [most]
+        if most <= 4 * SMALL_MIXED_ROWS or tokens >= LARGE_MIXED_TOKENS:
+            return [most]
+        return [SMALL_MIXED_ROWS, most]
 
     def all_shapes(self) -> list[StepShape]:
         """Every shape that ``choose`` can return, the largest (the one that needs most) first."""
@@ -57,22 +60,17 @@ def _size(shape: StepShape) -> tuple[int, int]:
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Row counts: powers of two to 8, then steps of an eighth to a quarter of the size."""
-    sizes = [1, 2, 4]
-    size = 8
-    while size < max_num_seqs:
-        sizes.append(size)
-        size += 8 if size < 32 else 16 if size < 128 else 32 if size < 256 else 64
-    return [s for s in sizes if s < max_num_seqs] + [max_num_seqs]
+    """Row counts: powers of two to 64, where a step waits for the weights, then closer together."""
+    sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256]
+    sizes += range(384, max_num_seqs, 128)
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def mixed_sizes(min_tokens: int, max_tokens: int) -> list[int]:
-    """Token counts: powers of two, with the size half-way between from 2048 on."""
+    """Token counts: powers of two; the scheduler fills long steps to the last one."""
     sizes = []
     size = min_tokens
     while size < max_tokens:
         sizes.append(size)
-        if size >= 2048 and size * 3 // 2 < max_tokens:
-            sizes.append(size * 3 // 2)
         size *= 2
     return [*sizes, max_tokens]

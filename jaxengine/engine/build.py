@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class StartupTimes:
-    """Seconds of each part of the start; ``compile_s`` runs beside ``load_s``."""
+    """Seconds of each part of the start, one after the other."""
 
-    load_s: float = 0.0
     compile_s: float = 0.0
+    load_s: float = 0.0
     num_programs: int = 0
 
 
@@ -176,7 +176,9 @@ def _build_parts(
         block_size=config.block_size,
         dtype=model.dtype,
     )
-    return ModelParts(definition, specs, make_mesh(devices), model.vocab_size), cache_spec
+    activation_size = 3 * model.intermediate_size + 2 * model.hidden_size
+    parts = ModelParts(definition, specs, make_mesh(devices), model.vocab_size, activation_size)
+    return parts, cache_spec
 
 
 def _start_runner(
@@ -189,24 +191,23 @@ def _start_runner(
     times: StartupTimes,
 ) -> int:
     """Load weights, size the cache, compile; return the number of KV blocks."""
+    show_progress = not config.disable_log_stats
+    started = time.perf_counter()
     num_blocks, table = _plan_memory(runner, config, parts, cache_spec, limits)
+    if limits.compiles_at_start:
+        runner.compile_all(
+            num_blocks, max_workers=max(1, (os.cpu_count() or 2) - 1), show_progress=show_progress
+        )
+    times.compile_s = time.perf_counter() - started
+    times.num_programs = len(runner.compile_seconds)
     started = time.perf_counter()
     if config.load_format == "dummy":
         params = random_params(parts.specs, parts.mesh, config.seed)
     else:
-        show_progress = not config.disable_log_stats
         params = load_params(checkpoint, parts.specs, parts.mesh, show_progress=show_progress)
     jax.block_until_ready(params)
     times.load_s = time.perf_counter() - started
     runner.start(params, num_blocks)
-    started = time.perf_counter()
-    if limits.compiles_at_start:
-        runner.compile_all(
-            max_workers=max(1, (os.cpu_count() or 2) - 1),
-            show_progress=not config.disable_log_stats,
-        )
-    times.compile_s = time.perf_counter() - started
-    times.num_programs = len(runner.compile_seconds)
     logger.info("memory of %s:\n%s", parts.mesh.devices.flat[0].device_kind, table)
     return num_blocks
 
@@ -234,15 +235,13 @@ def _plan_memory(
         step_bytes = 0
     else:
         total, limit = memory.device_limit(device, config.gpu_memory_utilization)
-        step_bytes = _largest_step_bytes(runner, limits, limit, weight_bytes, block_bytes)
-        num_blocks = memory.num_blocks_that_fit(
+        num_blocks, step_bytes = _fit_blocks(
+            runner,
             limit_bytes=limit,
             weight_bytes=weight_bytes,
-            step_bytes=step_bytes,
-            state_bytes=runner.state_bytes,
             block_bytes=block_bytes,
+            most_useful=most_useful,
         )
-        num_blocks = min(num_blocks, most_useful)
     budget = memory.MemoryBudget(
         total_bytes=total,
         limit_bytes=limit,
@@ -256,11 +255,31 @@ def _plan_memory(
     return num_blocks, budget.table()
 
 
-def _largest_step_bytes(
-    runner: ModelRunner, limits: Limits, limit: int, weight_bytes: int, block_bytes: int
-) -> int:
-    """Compile the largest step once, with a cache of about the right size, and measure it."""
-    shape = runner.largest_shape
-    guess = max(2, int((limit - weight_bytes) * 0.9) // block_bytes)
-    needs = runner.measure(shape, guess)
-    return needs.temp_bytes + needs.output_bytes
+def _fit_blocks(
+    runner: ModelRunner,
+    *,
+    limit_bytes: int,
+    weight_bytes: int,
+    block_bytes: int,
+    most_useful: int,
+) -> tuple[int, int]:
+    """Return how many KV blocks fit, and the bytes of the largest step.
+
+    The cache's size is part of the compiled programs, and what they need decides it. So they are
+    compiled for a guess, which stays if it fits and wastes little.
+    """
+
+    def fit(step_bytes: int) -> int:
+        blocks = memory.num_blocks_that_fit(
+            limit_bytes=limit_bytes,
+            weight_bytes=weight_bytes,
+            step_bytes=step_bytes,
+            state_bytes=runner.state_bytes,
+            block_bytes=block_bytes,
+        )
+        return min(blocks, most_useful)
+
+    guess = fit(runner.guess_step_bytes())
+    step_bytes = runner.measure(guess)
+    exact = fit(step_bytes)
+    return (guess if exact * 0.97 <= guess <= exact else exact), step_bytes

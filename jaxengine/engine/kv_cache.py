@@ -39,7 +39,9 @@ class KVCacheSpec:
         """Shape of one layer's keys (or values)."""
         return (num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
 
-    def abstract(self, num_blocks: int, mesh: Mesh) -> LayerCaches:
+    def abstract(
+        self, num_blocks: int, mesh: Mesh
+    ) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """The cache as shapes, to compile with before it exists."""
         sharding = NamedSharding(mesh, CACHE_SPEC)
         one = jax.ShapeDtypeStruct(self.shape(num_blocks), jnp.dtype(self.dtype), sharding=sharding)

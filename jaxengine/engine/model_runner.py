@@ -22,14 +22,15 @@ from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.logprobs import TokenLogprobs
 from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored
-from jaxengine.engine.sampler import SamplerOutput, sample_packed
+from jaxengine.engine.sampler import SamplerOutput
+from jaxengine.engine.sampler_programs import COMMON_VARIANTS, SamplerPrograms
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
 from jaxengine.engine.step import (
     apply_table_updates,
+    compiler_options,
     make_forward,
     make_prompt_scorer,
-    sample_greedy,
 )
 from jaxengine.sharding import replicated
 from jaxengine.weights import Params, ParamSpec
@@ -60,14 +61,6 @@ class PendingStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepMemory:
-    """What one compiled step needs besides its arguments, in bytes on one device."""
-
-    temp_bytes: int
-    output_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelParts:
     """A model taken apart: how to build it, what it holds, where it lives.
 
@@ -76,12 +69,14 @@ class ModelParts:
         specs: Its parameters.
         mesh: The devices of its shards.
         vocab_size: V.
+        activation_size: Numbers a token needs at the widest place of a layer, about.
     """
 
     definition: Any
     specs: dict[str, ParamSpec]
     mesh: Mesh
     vocab_size: int
+    activation_size: int
 
 
 class ModelRunner:
@@ -107,7 +102,7 @@ class ModelRunner:
         self._parts = parts
         self._cache_spec = cache_spec
         self._buckets = buckets
-        self._builder = BatchBuilder(buckets, max_num_seqs)
+        self._builder = BatchBuilder(max_num_seqs)
         self._max_num_seqs = max_num_seqs
         self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
         self._programs: dict[tuple[StepShape, bool], Callable] = {}
@@ -121,6 +116,12 @@ class ModelRunner:
         )
         self._params: Params = {}
         self._num_blocks = 0
+        self._samplers = SamplerPrograms(
+            parts.mesh,
+            vocab_size=parts.vocab_size,
+            max_num_seqs=max_num_seqs,
+            dtype=cache_spec.dtype,
+        )
         self.sampling_state = SamplingState(max_num_seqs, parts.vocab_size)
         self.compile_seconds: dict[StepShape, float] = {}
 
@@ -133,15 +134,49 @@ class ModelRunner:
     def state_bytes(self) -> int:
         """Block tables, and the logits of two steps in flight, in bytes on one device."""
         table = 4 * self._table_shape[0] * self._table_shape[1]
-        logits = 4 * self._max_num_seqs * self._parts.vocab_size
-        return 2 * table + 2 * logits
+        itemsize = jnp.dtype(self._cache_spec.dtype).itemsize
+        return 2 * table + 2 * self._max_num_seqs * self._parts.vocab_size * itemsize
 
-    def measure(self, shape: StepShape, num_blocks: int) -> StepMemory:
-        """Compile a shape with a cache of ``num_blocks`` and return what XLA says it needs."""
+    def guess_step_bytes(self) -> int:
+        """Roughly what ``measure`` will say, from the sizes of a decoder's widest activations."""
+        shape, parts = self.largest_shape, self._parts
+        itemsize = jnp.dtype(self._cache_spec.dtype).itemsize
+        widest = parts.activation_size // parts.mesh.size
+        sampler = 5 * 4 * shape.num_rows * parts.vocab_size
+        return max(shape.num_tokens * itemsize * widest, sampler)
+
+    def measure(self, num_blocks: int) -> int:
+        """Compile the largest programs for a cache of ``num_blocks``.
+
+        Returns:
+            The temporaries of the one that needs most, in bytes on one device.
+        """
         self._set_num_blocks(num_blocks)
-        analysis = self.program(shape).memory_analysis()
-        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return StepMemory(analysis.temp_size_in_bytes, max(outputs, 0))
+        forward = self.program(self.largest_shape).memory_analysis()
+        outputs = forward.output_size_in_bytes - forward.alias_size_in_bytes
+        sampler = self._samplers.temp_bytes(self.largest_shape.num_rows)
+        return max(forward.temp_size_in_bytes + max(outputs, 0), sampler)
+
+    def compile_all(self, num_blocks: int, *, max_workers: int, show_progress: bool) -> None:
+        """Compile every step shape, several at a time, so that none compiles during a run.
+
+        Before ``start``: XLA tries out matrix products while there is memory for it.
+        """
+        self._set_num_blocks(num_blocks)
+        forwards = [functools.partial(self.program, s) for s in self._buckets.all_shapes()]
+        row_counts = sorted({s.num_rows for s in self._buckets.all_shapes()}, reverse=True)
+        samplers = [
+            functools.partial(self._samplers.warm_up, variant, num_rows)
+            for num_rows in row_counts
+            for variant in COMMON_VARIANTS
+        ]
+        tasks = forwards + samplers
+        with (
+            concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
+            tqdm(total=len(tasks), desc="Compiling steps", disable=not show_progress) as bar,
+        ):
+            for _ in pool.map(lambda task: task(), tasks):
+                bar.update()
 
     def start(self, params: Params, num_blocks: int) -> None:
         """Take the weights and allocate the KV cache and the device-side state."""
@@ -151,16 +186,6 @@ class ModelRunner:
         self._caches = self._cache_spec.allocate(num_blocks, mesh)
         self._tables = jax.device_put(np.zeros(self._table_shape, np.int32), replicated(mesh))
         self._last_tokens = jax.device_put(np.zeros(self._max_num_seqs, np.int32), replicated(mesh))
-
-    def compile_all(self, *, max_workers: int, show_progress: bool) -> None:
-        """Compile every step shape, several at a time, so that none compiles during a run."""
-        shapes = self._buckets.all_shapes()
-        with (
-            concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
-            tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
-        ):
-            for _ in pool.map(self.program, shapes):
-                bar.update()
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Dispatch a step; returns at once."""
@@ -172,31 +197,25 @@ class ModelRunner:
                 request.prompt_token_ids,
                 request.stop_token_ids,
             )
-        shape, packed, overflow = self._builder.build(step)
+        shape = self._buckets.choose(step.num_scheduled_tokens, len(step.rows))
+        variant, layout, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
+        packed, overflow = self._builder.build(step, shape, is_greedy=variant == GREEDY)
         if overflow is not None:
             self._apply_overflow(overflow)
         scores_prompts = any(map(is_scored, step.rows))
         forward = self.program(shape, scores_prompts)
-        self._caches, self._tables, logits, sample_slots, *hidden = forward(
+        self._caches, self._tables, self._last_tokens, token_ids, logits, *hidden = forward(
             self._params, self._caches, self._tables, self._last_tokens, packed
         )
-        sampled = self._sample(step, shape, logits, sample_slots)
+        sampled = SamplerOutput(token_ids, None)
+        if variant != GREEDY:
+            self._last_tokens, sampled = self._samplers.sample(
+                logits, sampling, self._last_tokens, variant=variant, layout=layout
+            )
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         scores = self._prompt_scorer.score(step, self._params, *hidden) if scores_prompts else None
         return PendingStep(step, sampled, scores)
-
-    def _sample(
-        self, step: SchedulerOutput, shape: StepShape, logits: jax.Array, sample_slots: jax.Array
-    ) -> SamplerOutput:
-        variant, layout, packed = self.sampling_state.build_rows(step.rows, shape.num_rows)
-        if variant == GREEDY:
-            self._last_tokens, token_ids = sample_greedy(logits, self._last_tokens, sample_slots)
-            return SamplerOutput(token_ids, None)
-        self._last_tokens, sampled = sample_packed(
-            logits, packed, self._last_tokens, variant=variant, layout=layout
-        )
-        return sampled
 
     def _apply_overflow(self, updates: TableUpdates) -> None:
         for start in range(0, updates.shape[1], TABLE_UPDATE_SIZE):
@@ -242,4 +261,5 @@ class ModelRunner:
             ints(self._max_num_seqs),
             ints(shape.packed_size),
         )
-        return lowered.compile()
+        platform = mesh.devices.flat[0].platform
+        return lowered.compile(compiler_options=compiler_options(shape, platform))

@@ -5,6 +5,8 @@ arXiv:2309.00071, section 3; llama3 as published with Llama 3.1.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ def _inverse(theta: float, exponents: np.ndarray) -> np.ndarray:
     return (1.0 / theta**exponents).astype(np.float32)
 
 
-def _llama3(inverse: np.ndarray, p: dict) -> np.ndarray:
+def _llama3(inverse: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
     """Keep short wavelengths, divide long ones by ``factor``, interpolate between."""
     wavelength = 2 * np.pi / inverse
     original = p["original_max_position_embeddings"]
@@ -88,7 +90,7 @@ def _yarn(
     return mixed.astype(np.float32), _yarn_attention_factor(p, factor)
 
 
-def _yarn_attention_factor(p: dict, factor: float) -> float:
+def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
     def mscale(scale: float, weight: float = 1.0) -> float:
         return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
 

@@ -132,7 +132,10 @@ class Decoder(nnx.Module):
             caches: KV caches of the stage's layers; donate them, the new ones are returned.
             hidden: The previous stage's output; None for the first stage.
         """
-        x = self.embed_tokens(batch.token_ids) if hidden is None else hidden
+        x = hidden
+        if x is None:
+            assert self.embed_tokens is not None, "only the first stage starts from tokens"
+            x = self.embed_tokens(batch.token_ids)
         config = self.config
         frequencies, factor = rope_frequencies(
             config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len
@@ -148,4 +151,6 @@ class Decoder(nnx.Module):
     def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Scores of the next token for some rows of the last stage's output."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
+        assert head is not None, "only the last stage has logits"
+        assert self.norm is not None, "only the last stage has logits"
         return head.logits(self.norm(hidden))

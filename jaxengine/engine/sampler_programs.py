@@ -1,0 +1,92 @@
+"""The compiled samplers: one for each variant and number of rows.
+
+Greedy batches need none, the forward step takes the most likely token itself. The variants that
+most requests ask for are compiled at start; any other one when it is first needed.
+"""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxengine.engine.sampler import SamplerOutput, sample_packed
+from jaxengine.engine.sampling_inputs import PackedLayout, SamplerVariant
+from jaxengine.sharding import replicated
+
+logger = logging.getLogger(__name__)
+
+COMMON_VARIANTS = (
+    SamplerVariant(random=True),
+    SamplerVariant(random=True, top_p=True),
+    SamplerVariant(random=True, small_top_k=True, only_small_top_k=True, top_p=True),
+)
+# Looks at the whole vocabulary in every way there is: what the memory account reckons with.
+LARGEST_VARIANT = SamplerVariant(random=True, top_k=True, top_p=True, min_p=True, num_history=32768)
+
+
+class SamplerPrograms:
+    """Compiles samplers and keeps them.
+
+    Args:
+        mesh: Devices that hold the logits, each all of them.
+        vocab_size: V.
+        max_num_seqs: Length of ``last_tokens``.
+        dtype: Of the logits.
+    """
+
+    def __init__(self, mesh: Mesh, *, vocab_size: int, max_num_seqs: int, dtype: str) -> None:
+        self._mesh = mesh
+        self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
+        self._dtype = jnp.dtype(dtype)
+        self._programs: dict[tuple[SamplerVariant, int], jax.stages.Compiled] = {}
+
+    def warm_up(self, variant: SamplerVariant, num_rows: int) -> None:
+        """Compile a variant before it is needed."""
+        self._program(variant, PackedLayout.of(variant, num_rows), num_rows)
+
+    def temp_bytes(self, num_rows: int) -> int:
+        """Temporaries of the largest sampler, as XLA reports them."""
+        layout = PackedLayout.of(LARGEST_VARIANT, num_rows)
+        analysis = self._compile(LARGEST_VARIANT, layout, num_rows).memory_analysis()
+        return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+    def sample(
+        self,
+        logits: jax.Array,
+        packed: np.ndarray,
+        last_tokens: jax.Array,
+        *,
+        variant: SamplerVariant,
+        layout: PackedLayout,
+    ) -> tuple[jax.Array, SamplerOutput]:
+        """Dispatch the sampler of a batch; ``last_tokens`` is donated."""
+        program = self._programs.get((variant, logits.shape[0]))
+        if program is None:
+            logger.info("compiling a sampler of %d rows for %s", logits.shape[0], variant)
+            program = self._program(variant, layout, logits.shape[0])
+        return program(logits, packed, last_tokens)
+
+    def _program(
+        self, variant: SamplerVariant, layout: PackedLayout, num_rows: int
+    ) -> jax.stages.Compiled:
+        key = (variant, num_rows)
+        if key not in self._programs:
+            self._programs[key] = self._compile(variant, layout, num_rows)
+        return self._programs[key]
+
+    def _compile(
+        self, variant: SamplerVariant, layout: PackedLayout, num_rows: int
+    ) -> jax.stages.Compiled:
+        sharding = replicated(self._mesh)
+        logits = (num_rows, self._vocab_size)
+        lowered = sample_packed.lower(
+            jax.ShapeDtypeStruct(logits, self._dtype, sharding=sharding),
+            jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=sharding),
+            jax.ShapeDtypeStruct((self._max_num_seqs,), jnp.int32, sharding=sharding),
+            layout=layout,
+            variant=variant,
+        )
+        return lowered.compile()
