@@ -32,8 +32,7 @@ ALIBI = jnp.asarray([2.0 ** -(n + 1) for n in range(6)], jnp.float32)
 OPTIONS = {
     "plain": {},
     "window": {"sliding_window": 30},
-    "cap": {"logits_soft_cap": 2.0},
-    "alibi": {"alibi_slopes": ALIBI},
+    "cap_and_alibi": {"logits_soft_cap": 2.0, "alibi_slopes": ALIBI},
 }
 
 
