@@ -3,13 +3,13 @@
 Only fast tokenizers (``tokenizer.json``), without torch and without code from the checkpoint.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxengine.detokenizer import (
     ByteDetokenizer,
@@ -17,6 +17,9 @@ from jaxengine.detokenizer import (
     TokenBytes,
     WindowDetokenizer,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, Any]
 IncrementalDetokenizer = ByteDetokenizer | WindowDetokenizer
@@ -32,7 +35,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        hf_tokenizer: PreTrainedTokenizerFast,
+        hf_tokenizer: "PreTrainedTokenizerFast",
         generation_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.hf_tokenizer = hf_tokenizer
@@ -217,6 +220,11 @@ def load_tokenizer(
             "trust_remote_code is refused: it would run Python code from the checkpoint with "
             "your rights. Pass tokenizer= a directory with a tokenizer.json instead"
         )
+    # Imported here because it takes seconds (with torch installed, which it then loads, several),
+    # and because it advises at import to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
     try:
         hf_tokenizer: Any = AutoTokenizer.from_pretrained(
             str(source), revision=revision, trust_remote_code=False, use_fast=True
@@ -242,7 +250,7 @@ def _load_failure(source: str | Path, error: Exception) -> str:
 
 
 def _eos_token_ids(
-    hf_tokenizer: PreTrainedTokenizerFast, generation_config: Mapping[str, Any]
+    hf_tokenizer: "PreTrainedTokenizerFast", generation_config: Mapping[str, Any]
 ) -> frozenset[int]:
     """End tokens of the generation config (one or several) and of the tokenizer."""
     configured = generation_config.get("eos_token_id")
