@@ -1,7 +1,7 @@
 """Paged attention: the one op the layers call; checks, picks a backend, merges decode and prefill.
 
 A backend is a pair of functions: one for decode rows (one query token each, they come first) and
-one for ragged rows (several query tokens). A backend that cannot serve a shape raises
+one for ragged rows (several query tokens). Each returns 0 for the tokens of the other. A backend that cannot serve a shape raises
 NotImplementedError, and the next one in the list is asked; XLA serves everything.
 """
 
@@ -26,9 +26,11 @@ RAGGED_FUNCTIONS = {
     "triton": "pallas_kernels.ragged_attention_triton:ragged_attention_triton",
     "mosaic": "pallas_kernels.ragged_attention_mosaic:ragged_attention_mosaic",
 }
-# Fastest first, by measurement (benchmarks/kernels.py).
+# Fastest first, by measurement (benchmarks/LOG.md).
 GPU_DECODE_ORDER = ("triton", "mosaic", "xla")
-GPU_RAGGED_ORDER = ("mosaic", "triton", "xla")
+# Mosaic's ragged kernel does 415 to 530 TFLOP/s where Triton's does 340 to 390, but each shape
+# takes 2.8 s to compile, again in every process: no cache holds it.
+MOSAIC_MIN_TOKENS = 4096
 
 
 def paged_attention(
@@ -105,7 +107,7 @@ def paged_attention(
         return decoded
     ragged = _first_that_serves(
         RAGGED_FUNCTIONS,
-        _order(implementation, GPU_RAGGED_ORDER),
+        _order(implementation, _gpu_ragged_order(q.shape[0])),
         (
             q,
             k_cache,
@@ -117,16 +119,25 @@ def paged_attention(
         ),
         options,
     )
-    token = jnp.arange(q.shape[0])[:, None, None]
-    ragged = jnp.where(token < query_start_loc[-1], ragged, 0)
-    head = jnp.where(token[:rows] < num_decode_rows, decoded, ragged[:rows])
-    return jax.lax.dynamic_update_slice(ragged, head, (0, 0, 0))
+    # Each side is 0 where the other has its tokens, so only the first tokens are touched.
+    return jax.lax.dynamic_update_slice(ragged, ragged[:rows] + decoded, (0, 0, 0))
 
 
 def _order(implementation: str | None, gpu_order: Sequence[str]) -> Sequence[str]:
     if implementation is not None:
         return (implementation,)
     return gpu_order if jax.default_backend() == "gpu" else ("xla",)
+
+
+def _gpu_ragged_order(num_tokens: int) -> Sequence[str]:
+    """Mosaic needs Hopper, and seconds of compilation that only long steps pay back."""
+    if num_tokens >= MOSAIC_MIN_TOKENS and _is_hopper():
+        return ("mosaic", "triton", "xla")
+    return ("triton", "xla")
+
+
+def _is_hopper() -> bool:
+    return any(name in jax.devices()[0].device_kind for name in ("H100", "H200", "H800", "GH200"))
 
 
 def _first_that_serves(

@@ -117,8 +117,10 @@ class _Refs(NamedTuple):
     done: Any
 
 
-def default_config(head_dim: int) -> RaggedMosaicConfig:
-    """Return the configuration for an H100."""
+def default_config(head_dim: int, block_size: int) -> RaggedMosaicConfig:
+    """Return the configuration for Hopper, as measured on an H200 (benchmarks/LOG.md)."""
+    if head_dim == 128 and block_size <= 16:  # many small copies: short tiles, more of them
+        return RaggedMosaicConfig(tile_kv=64, num_stages=4, take_turns=False)
     if head_dim <= 128:
         return RaggedMosaicConfig(tile_kv=128, num_stages=2, take_turns=True)
     return RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=False)
@@ -168,7 +170,7 @@ def ragged_attention_mosaic(
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
-    config = config or default_config(head_dim)
+    config = config or default_config(head_dim, k_cache.shape[2])
     _check_supported(q, k_cache, v_cache, config)
     padding = -q.shape[0] % ROW_ALIGNMENT
     q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
