@@ -36,7 +36,7 @@ test: $(VENV)/.installed-test $(DEMO_MODEL)  ## Run every test that needs no GPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-kernels: $(KERNELS_VENV)/.installed  ## Run the kernel tests with jax 0.11 (Python 3.12 or newer)
-	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest tests/kernels
+	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --confcutdir tests/kernels tests/kernels
 
 lint: $(VENV)/.installed-dev  ## Check style, format and types
 	$(BIN)/ruff check .
