@@ -1,6 +1,8 @@
-"""What several test files need: tiny random HF models, and our models' logits at every position."""
+"""What several test files need: tiny random models, engines on them, and slow obvious versions."""
 
+import copy
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxengine.batch import InputBatch
 from jaxengine.config import ModelConfig
+from jaxengine.engine.block_pool import BlockPool
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.kv_cache import CACHE_SPEC, KVCacheSpec
+from jaxengine.engine.scheduler import Scheduler
+from jaxengine.llm import LLM
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
+from jaxengine.outputs import RequestOutput
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.sharding import make_mesh
 from jaxengine.weights import load_params, merge_params, open_model, param_specs
 
@@ -111,3 +119,128 @@ def _prefill_batch(token_ids: list[int], num_blocks: int) -> InputBatch:
         logits_indices=ints([length - 1]),
         decode_only=False,
     )
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog and runs away from the other animals",
+    "once upon a time there was a small engine that generated text one token at a time",
+    "pages of keys and values are kept in blocks so that nothing is wasted",
+)
+
+
+def save_tiny_chat_model(directory: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Llama whose tokenizer knows printable ASCII only: any token is real text."""
+    sizes = {"vocab_size": 160, "tie_word_embeddings": False}
+    model = save_tiny_model(directory, "Llama", seed, **{**sizes, **overrides})
+    generation_config = model.generation_config
+    generation_config.update(do_sample=True, temperature=0.7, top_k=9, top_p=0.8)
+    generation_config.repetition_penalty = 1.2
+    generation_config.save_pretrained(directory)
+    save_tiny_tokenizer(directory, model.config.vocab_size)
+    return directory
+
+
+def save_tiny_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Save a byte-level BPE tokenizer of exactly ``vocab_size`` tokens, ids 0 to 2 as in TINY."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    printable = [chr(code) for code in range(33, 127)] + ["Ġ"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=printable,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size, "the corpus has too few words"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def make_llm(source: Path | str, **engine_args: Any) -> LLM:
+    """An LLM of few step shapes, so that little is compiled: chunks of at most 16 tokens."""
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 65}
+    quiet = {"disable_log_stats": True}
+    return LLM(model=str(source), **{**sizes, **quiet, **engine_args})
+
+
+def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **limits: Any) -> LLM:
+    """A view of an LLM that schedules otherwise, on the same weights and compiled programs.
+
+    Args:
+        llm: Idle; one of the two may run at a time.
+        num_blocks: At most those that ``llm`` has.
+        max_in_flight: 1 is synchronous.
+        limits: Of ``Scheduler``; by default those of ``llm``.
+    """
+    scheduler, engine = llm.engine.scheduler, llm.engine
+    defaults = {
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_model_len": scheduler.max_model_len,
+    }
+    assert num_blocks <= scheduler.block_pool.num_blocks
+    other = copy.copy(llm)
+    other.engine = Engine(
+        Scheduler(
+            block_pool=BlockPool(num_blocks, scheduler.block_pool.block_size),
+            max_in_flight=max_in_flight,
+            **{**defaults, **limits},
+        ),
+        engine.runner,
+        model_config=engine.model_config,
+        eos_token_ids=engine.eos_token_ids,
+        max_in_flight=max_in_flight,
+    )
+    return other
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing runs, and every block and slot is free again."""
+    scheduler = llm.engine.scheduler
+    while llm.engine.has_unfinished_requests and not scheduler.has_unfinished_requests:
+        llm.engine.step()  # dispatched before the last request ended; nobody waits for it
+    assert not llm.engine.has_unfinished_requests
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_usable_blocks
+    scheduler.check_integrity()
+
+
+def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
+    """Greedy sampling that does not end early, unless asked otherwise."""
+    defaults = {"temperature": 0.0, "ignore_eos": True}
+    return SamplingParams(max_tokens=max_tokens, **{**defaults, **fields})
+
+
+def output_ids(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    """Token ids of the first completion of each output."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def random_prompts(*lengths: int, vocab_size: int = 128, seed: int = 0) -> list[list[int]]:
+    """Token ids, none of them special."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(len(SPECIAL_TOKENS), vocab_size, length).tolist() for length in lengths]
+
+
+def hf_greedy(model: Any, token_ids: list[int], num_tokens: int) -> list[int]:
+    """The next tokens by transformers, without a cache: the whole sequence at every step."""
+    tokens = list(token_ids)
+    for _ in range(num_tokens):
+        tokens.append(int(hf_logits(model, tokens)[-1].argmax()))
+    return tokens[len(token_ids) :]
