@@ -60,10 +60,10 @@ def main() -> None:
     )
     generate(llm, [(8, 1)])
     startup_s = time.perf_counter() - started
-    times = llm.startup_times
+    startup = llm.startup
     print(
-        f"start to first token {startup_s:.1f} s: load {times.load_s:.1f} s, compile "
-        f"{times.compile_s:.1f} s for {times.num_programs} programs",
+        f"start to first token {startup_s:.1f} s: load {startup.load_s:.1f} s, compile "
+        f"{startup.compile_s:.1f} s for {len(startup.compile_seconds)} programs",
         flush=True,
     )
     print(f"{'workload':15}{'seconds':>9}{'out tok/s':>11}{'all tok/s':>11}{'KV waste':>10}  all")

@@ -15,23 +15,26 @@ def is_hub_name(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, revision: str | None = None) -> Path:
     """The directory of the model in the local cache, fetched if it is not there.
 
     Args:
         name: "organisation/model".
+        revision: Branch, tag or commit; None is the main branch.
 
     Raises:
         ValueError: If the hub cannot be reached or has no such model for this user.
     """
     # Safetensors first and pickles only where there are none: a hub model often has both.
-    directory = _snapshot(name, ("*.safetensors", "model.safetensors.index.json"))
+    directory = _snapshot(name, revision, ("*.safetensors", "model.safetensors.index.json"))
     if not any(directory.glob("*.safetensors")):
-        directory = _snapshot(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        directory = _snapshot(
+            name, revision, ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+        )
     return directory
 
 
-def _snapshot(name: str, weights: tuple[str, ...]) -> Path:
+def _snapshot(name: str, revision: str | None, weights: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -39,6 +42,7 @@ def _snapshot(name: str, weights: tuple[str, ...]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
+                revision=revision,
                 allow_patterns=[*SMALL_FILES, *weights],
                 # Sub-folders and consolidated* hold the same weights once more, in other layouts.
                 ignore_patterns=["*/*", "consolidated*"],

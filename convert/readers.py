@@ -22,13 +22,14 @@ WEIGHT_FILES: tuple[tuple[str, str, OpenFile], ...] = (
 )
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a model for reading.
 
     Args:
         source: A Hugging Face directory (safetensors or pytorch_model.bin, sharded or not), a
             directory that ``convert_checkpoint`` wrote, a GGUF file, or a hub name
             ("organisation/model").
+        revision: Branch, tag or commit of a hub model; None is its main branch.
 
     Returns:
         The checkpoint. Headers are read and checked against the files; no tensor is loaded.
@@ -43,7 +44,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_directory(path)
     converted.refuse_interrupted(path)
     if isinstance(source, str) and hub.is_hub_name(source):
-        return _open_directory(hub.fetch(source))
+        return _open_directory(hub.fetch(source, revision))
     raise ValueError(
         f"{str(source)!r} is neither a directory, a GGUF file nor a hub name (organisation/model)"
     )

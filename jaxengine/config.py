@@ -163,7 +163,10 @@ class EngineConfig:
     Attributes:
         model: Hub name, HF directory, GGUF file or converted directory.
         tokenizer: The same choice for the tokenizer; None takes the model's.
-        dtype: auto, bfloat16, float16 or float32.
+        revision: Branch, tag or commit of a hub model; None is its main branch.
+        dtype: auto, bfloat16, float16 or float32; auto is what the checkpoint stores on a GPU
+            (bfloat16 for float32 and GGUF) and float32 on a CPU.
+        seed: Base of the random streams of requests that bring no seed.
         max_model_len: Longest sequence (prompt and output), in tokens.
         block_size: Tokens a KV block holds.
         gpu_memory_utilization: Share of the device's memory that the engine may use.
@@ -171,15 +174,23 @@ class EngineConfig:
         num_gpu_blocks_override: Number of KV blocks, instead of what memory allows.
         max_num_seqs: Most requests that run at the same time.
         max_num_batched_tokens: Most tokens computed in one step.
+        enable_prefix_caching: Keep the blocks of finished requests for prompts that begin alike.
+        enable_chunked_prefill: Compute a long prompt in several steps, beside other requests.
         long_prefill_token_threshold: Most tokens of one prompt in one step; 0 for no limit.
         scheduling_policy: fcfs, or priority (lowest number first).
         async_scheduling: Dispatch a step before the tokens of the last one are read.
+        tensor_parallel_size: Devices that share each layer.
+        pipeline_parallel_size: Groups of devices that share the layers; only 1 so far.
+        data_parallel_size: Replicas of the model; only 1 so far.
         enforce_eager: Compile shapes when they are first needed instead of at start.
         load_format: auto, safetensors, pt, gguf, or dummy (random weights).
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
         hf_overrides: Fields that replace those of config.json.
         generation_config: auto (the model's defaults) or vllm (neutral defaults).
-        max_logprobs: Most log-probabilities that a request may ask for per token.
+        max_logprobs: Most log-probabilities that a request may ask for per token; -1 for all.
+        skip_tokenizer_init: Take and return token ids only.
+        trust_remote_code: Refused: code from a checkpoint is never run.
+        disable_log_stats: Print neither progress bars nor the report of the start.
     """
 
     model: str
@@ -238,6 +249,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is not supported yet: use 1, and "
+                    "tensor_parallel_size to spread a model over GPUs"
+                )
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

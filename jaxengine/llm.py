@@ -1,8 +1,8 @@
 """LLM: prompts in, RequestOutputs out. The offline API, with vLLM's names."""
 
 import itertools
-import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +20,6 @@ from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.tokenizer import Message, Tokenizer, load_tokenizer
 from jaxengine.weights import Checkpoint, open_model
-
-logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -47,19 +45,21 @@ class LLM:
         config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
         memory.reserve_pool(config.gpu_memory_utilization)
         use_compilation_cache()
-        checkpoint = open_model(config.model, config.load_format)
+        checkpoint = open_model(config.model, config.load_format, config.revision)
         generation_config = checkpoint.generation_config
         self._tokenizer: Tokenizer | None = None
         eos_token_ids = frozenset[int]()
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
             eos_token_ids = self._tokenizer.eos_token_ids
-        self.engine, self.startup_times = build_engine(config, checkpoint, eos_token_ids)
+        self.engine, self.startup = build_engine(config, checkpoint, eos_token_ids)
         self.engine_config = config
         self._generation_config = generation_config if config.generation_config == "auto" else {}
         self._processor = OutputProcessor(self._tokenizer)
         self._request_numbers = itertools.count()
-        logger.info("ready after %.1f s", time.perf_counter() - started)
+        if not config.disable_log_stats:
+            seconds = time.perf_counter() - started
+            print(f"{self.startup.text()}\n  ready after {seconds:.1f} s", file=sys.stderr)
 
     def get_tokenizer(self) -> Any:
         """Return the Hugging Face tokenizer.

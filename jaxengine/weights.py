@@ -50,7 +50,9 @@ class ParamSpec:
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
 
 
-def open_model(source: str | Path, load_format: str = "auto") -> Checkpoint:
+def open_model(
+    source: str | Path, load_format: str = "auto", revision: str | None = None
+) -> Checkpoint:
     """Open a model for reading; with ``load_format="dummy"`` a directory's config is enough.
 
     Raises:
@@ -61,7 +63,7 @@ def open_model(source: str | Path, load_format: str = "auto") -> Checkpoint:
         if not (directory / "config.json").is_file():
             raise ValueError(f"load_format 'dummy' needs {directory / 'config.json'}: not found")
         return _config_only(directory)
-    checkpoint = convert.open_checkpoint(source)
+    checkpoint = convert.open_checkpoint(source, revision)
     if load_format not in ("auto", _LOAD_FORMATS[checkpoint.format]):
         raise ValueError(
             f"{source} holds {checkpoint.format} weights, not {load_format!r}: use "

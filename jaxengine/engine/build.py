@@ -1,13 +1,13 @@
 """Puts an engine together from EngineConfig, whose only reader this is."""
 
 import dataclasses
-import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
+from jaxengine.batch import StepShape
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.engine.block_pool import BlockPool
@@ -19,18 +19,43 @@ from jaxengine.engine.scheduler import Scheduler
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import check_tensor_parallel_size, make_mesh
-from jaxengine.weights import Checkpoint, load_params, param_specs, random_params
-
-logger = logging.getLogger(__name__)
+from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
 
 
-@dataclasses.dataclass
-class StartupTimes:
-    """Seconds of each part of the start, one after the other."""
+@dataclasses.dataclass(frozen=True)
+class Startup:
+    """What the start did: seconds of its parts, one after the other, and where the memory goes.
 
-    compile_s: float = 0.0
-    load_s: float = 0.0
-    num_programs: int = 0
+    Attributes:
+        compile_seconds: Seconds of each step's program; several compile at a time.
+    """
+
+    model: ModelConfig
+    device_kind: str
+    num_devices: int
+    compile_s: float
+    load_s: float
+    compile_seconds: Mapping[StepShape, float]
+    budget: memory.MemoryBudget
+
+    def text(self) -> str:
+        """The report that an engine prints when it is ready."""
+        devices = f"{self.num_devices} x {self.device_kind}"
+        lines = [
+            f"{self.model.architecture} in {self.model.dtype} on {devices}",
+            self.budget.table(),
+            f"  weights loaded in {self.load_s:.1f} s; {self._programs()}",
+        ]
+        return "\n".join(lines)
+
+    def _programs(self) -> str:
+        if not self.compile_seconds:
+            return "steps compile when they are first needed"
+        shape, slowest = max(self.compile_seconds.items(), key=lambda item: item[1])
+        return (
+            f"{len(self.compile_seconds)} step programs in {self.compile_s:.1f} s (slowest: "
+            f"{shape.num_tokens} tokens, {shape.num_rows} rows, {slowest:.1f} s)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +104,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device)
 
 def build_engine(
     config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: frozenset[int]
-) -> tuple[Engine, StartupTimes]:
+) -> tuple[Engine, Startup]:
     """Load a model and make it ready to serve.
 
     Raises:
@@ -107,8 +132,25 @@ def build_engine(
         max_num_seqs=limits.max_num_seqs,
         max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
     )
-    times = StartupTimes()
-    num_blocks = _start_runner(runner, config, parts, cache_spec, limits, checkpoint, times)
+    started = time.perf_counter()
+    budget = _plan_memory(runner, config, parts, cache_spec, limits)
+    num_blocks = budget.num_blocks
+    if limits.compiles_at_start:
+        # Before the weights and the cache are there: XLA tries out products in the free memory.
+        workers = max(1, (os.cpu_count() or 2) - 1)
+        show_progress = not config.disable_log_stats
+        runner.compile_all(num_blocks, max_workers=workers, show_progress=show_progress)
+    compiled = time.perf_counter()
+    runner.start(_load(config, checkpoint, parts), num_blocks)
+    startup = Startup(
+        model=model,
+        device_kind=devices[0].device_kind,
+        num_devices=size,
+        compile_s=compiled - started,
+        load_s=time.perf_counter() - compiled,
+        compile_seconds=dict(runner.compile_seconds),
+        budget=budget,
+    )
     scheduler = Scheduler(
         block_pool=BlockPool(num_blocks, config.block_size, config.enable_prefix_caching),
         max_num_seqs=limits.max_num_seqs,
@@ -128,7 +170,7 @@ def build_engine(
         seed=config.seed,
         max_in_flight=MAX_IN_FLIGHT if config.async_scheduling else 1,
     )
-    return engine, times
+    return engine, startup
 
 
 def read_model_config(
@@ -181,35 +223,13 @@ def _build_parts(
     return parts, cache_spec
 
 
-def _start_runner(
-    runner: ModelRunner,
-    config: EngineConfig,
-    parts: ModelParts,
-    cache_spec: KVCacheSpec,
-    limits: Limits,
-    checkpoint: Checkpoint,
-    times: StartupTimes,
-) -> int:
-    """Load weights, size the cache, compile; return the number of KV blocks."""
-    show_progress = not config.disable_log_stats
-    started = time.perf_counter()
-    num_blocks, table = _plan_memory(runner, config, parts, cache_spec, limits)
-    if limits.compiles_at_start:
-        runner.compile_all(
-            num_blocks, max_workers=max(1, (os.cpu_count() or 2) - 1), show_progress=show_progress
-        )
-    times.compile_s = time.perf_counter() - started
-    times.num_programs = len(runner.compile_seconds)
-    started = time.perf_counter()
+def _load(config: EngineConfig, checkpoint: Checkpoint, parts: ModelParts) -> Params:
     if config.load_format == "dummy":
         params = random_params(parts.specs, parts.mesh, config.seed)
     else:
+        show_progress = not config.disable_log_stats
         params = load_params(checkpoint, parts.specs, parts.mesh, show_progress=show_progress)
-    jax.block_until_ready(params)
-    times.load_s = time.perf_counter() - started
-    runner.start(params, num_blocks)
-    logger.info("memory of %s:\n%s", parts.mesh.devices.flat[0].device_kind, table)
-    return num_blocks
+    return jax.block_until_ready(params)
 
 
 def _plan_memory(
@@ -218,8 +238,8 @@ def _plan_memory(
     parts: ModelParts,
     cache_spec: KVCacheSpec,
     limits: Limits,
-) -> tuple[int, str]:
-    """Decide the number of KV blocks; return it and the account as a table."""
+) -> memory.MemoryBudget:
+    """Decide the number of KV blocks, and account for the rest."""
     device = parts.mesh.devices.flat[0]
     num_shards = parts.mesh.size
     block_bytes = cache_spec.block_bytes // num_shards
@@ -228,13 +248,14 @@ def _plan_memory(
     )
     blocks_per_seq = -(-limits.max_model_len // config.block_size)
     most_useful = limits.max_num_seqs * blocks_per_seq + 1
-    if config.num_gpu_blocks_override or config.kv_cache_memory_bytes or device.platform == "cpu":
+    is_cpu = device.platform == "cpu"
+    total, limit = memory.device_limit(device, config.gpu_memory_utilization)
+    step_bytes = 0  # on a CPU, programs are compiled later, and their temporaries are small
+    if config.num_gpu_blocks_override or config.kv_cache_memory_bytes or is_cpu:
         bytes_wanted = config.kv_cache_memory_bytes or memory.DEFAULT_CPU_CACHE_BYTES
         num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
-        total = limit = weight_bytes + runner.state_bytes + num_blocks * block_bytes
-        step_bytes = 0
+        memory.check_fits(limit, weight_bytes + runner.state_bytes, num_blocks * block_bytes)
     else:
-        total, limit = memory.device_limit(device, config.gpu_memory_utilization)
         num_blocks, step_bytes = _fit_blocks(
             runner,
             limit_bytes=limit,
@@ -242,7 +263,7 @@ def _plan_memory(
             block_bytes=block_bytes,
             most_useful=most_useful,
         )
-    budget = memory.MemoryBudget(
+    return memory.MemoryBudget(
         total_bytes=total,
         limit_bytes=limit,
         weight_bytes=weight_bytes,
@@ -252,7 +273,6 @@ def _plan_memory(
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
-    return num_blocks, budget.table()
 
 
 def _fit_blocks(

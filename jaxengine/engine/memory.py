@@ -84,6 +84,20 @@ def num_blocks_that_fit(
     return num_blocks
 
 
+def check_fits(limit_bytes: int, other_bytes: int, cache_bytes: int) -> None:
+    """Raise if a KV cache of a size that the user chose does not fit.
+
+    Raises:
+        ValueError: With what was needed, what there was, and what to lower.
+    """
+    if other_bytes + cache_bytes > limit_bytes:
+        raise ValueError(
+            f"not enough memory: weights and tables {other_bytes / GIB:.2f} GiB and a KV cache of "
+            f"{cache_bytes / GIB:.2f} GiB do not fit into {limit_bytes / GIB:.2f} GiB. Lower "
+            "--kv-cache-memory-bytes, --num-gpu-blocks-override or --max-num-seqs"
+        )
+
+
 def reserve_pool(gpu_memory_utilization: float) -> None:
     """Let XLA's allocator take the engine's share at once, unless the user has said otherwise.
 
@@ -94,10 +108,14 @@ def reserve_pool(gpu_memory_utilization: float) -> None:
 
 
 def device_limit(device: jax.Device, gpu_memory_utilization: float) -> tuple[int, int]:
-    """Return a GPU's memory and what the engine may use of it, in bytes.
+    """Return a device's memory and what the engine may use of it, in bytes.
 
-    A pool that was made smaller than ``gpu_memory_utilization`` allows is the limit.
+    On a GPU, a pool that was made smaller than ``gpu_memory_utilization`` allows is the limit. On
+    a CPU it is the memory that other programs leave free.
     """
+    if device.platform == "cpu":
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     stats = device.memory_stats() or {}
     pool = stats.get("bytes_limit", 0)
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
