@@ -1,8 +1,9 @@
 """Paged attention: the one op the layers call; checks, picks a backend, merges decode and prefill.
 
 A backend is a pair of functions: one for decode rows (one query token each, they come first) and
-one for ragged rows (several query tokens). Each returns 0 for the tokens of the other. A backend that cannot serve a shape raises
-NotImplementedError, and the next one in the list is asked; XLA serves everything.
+one for ragged rows (several query tokens). Each returns 0 for the tokens of the other. A backend
+that cannot serve a shape raises NotImplementedError, and the next one in the list is asked; XLA
+serves everything.
 """
 
 import importlib

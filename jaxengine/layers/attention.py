@@ -10,14 +10,14 @@ from typing import Any
 
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
 from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.rope import rotate
 from jaxengine.sharding import TENSOR_AXIS
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +81,16 @@ class Attention(nnx.Module):
         Float[Array, "num_blocks K block_size H"],
         Float[Array, "num_blocks K block_size H"],
     ]:
-        qkv = self.qkv_proj(x)  # [T, K, G + 2, H]
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        k_cache = write_to_cache(k_cache, k, batch.slot_mapping)
-        v_cache = write_to_cache(v_cache, v, batch.slot_mapping)
+        q, k_cache, v_cache = rope_kv_write(
+            self.qkv_proj(x),  # [T, K, G + 2, H]
+            *cos_sin,
+            batch.slot_mapping,
+            k_cache,
+            v_cache,
+            norm=self._head_norm(),
+        )
         attended = paged_attention(
-            q.reshape(q.shape[0], -1, q.shape[-1]),
+            q,
             k_cache,
             v_cache,
             batch.block_tables,
@@ -104,16 +105,7 @@ class Attention(nnx.Module):
         )
         return self.o_proj(attended), k_cache, v_cache
 
-
-def write_to_cache(
-    cache: Float[Array, "num_blocks K block_size H"],
-    values: Float[Array, "T K H"],
-    slot_mapping: Int[Array, " T"],
-) -> Float[Array, "num_blocks K block_size H"]:
-    """Store ``values[t]`` at slot ``slot_mapping[t]``; in place where the cache is donated.
-
-    Padding tokens write into block 0, which nobody reads.
-    """
-    block_size = cache.shape[2]
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    return cache.at[blocks, :, offsets].set(values.astype(cache.dtype), mode="drop")
+    def _head_norm(self) -> HeadNorm | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorm(self.q_norm.weight[...], self.k_norm.weight[...], self.q_norm.eps)

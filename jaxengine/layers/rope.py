@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies of every HF rope type, and the rotation.
+"""Rotary position embeddings: frequencies of every HF rope type, and the angles of a step.
 
 Sources: RoPE arXiv:2104.09864; linear and dynamic (NTK-aware) scaling as HF defines them; YaRN
 arXiv:2309.00071, section 3; llama3 as published with Llama 3.1.
@@ -107,16 +107,3 @@ def rope_cos_sin(
     """Cosine and sine of every position's angles, float32 [T, rotary_dim / 2]."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(
-    x: Float[Array, "T *heads H"], cos: Float[Array, "T R"], sin: Float[Array, "T R"]
-) -> Float[Array, "T *heads H"]:
-    """Rotate the first 2R dimensions of each head, halves paired as HF pairs them."""
-    half = cos.shape[-1]
-    cos = cos.reshape(cos.shape[0], *(1,) * (x.ndim - 2), half)
-    sin = sin.reshape(cos.shape)
-    x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x[..., 2 * half :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
