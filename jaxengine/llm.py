@@ -1,5 +1,6 @@
 """LLM: prompts in, RequestOutputs out. The offline API, with vLLM's names."""
 
+import collections
 import itertools
 import os
 import sys
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from jaxengine.config import EngineConfig
 from jaxengine.engine import memory
 from jaxengine.engine.build import build_engine
+from jaxengine.interrupts import interrupts_deferred
 from jaxengine.output_processor import OutputProcessor
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
@@ -57,6 +59,7 @@ class LLM:
         self._generation_config = generation_config if config.generation_config == "auto" else {}
         self._processor = OutputProcessor(self._tokenizer)
         self._request_numbers = itertools.count()
+        self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
             print(f"{self.startup.text()}\n  ready after {seconds:.1f} s", file=sys.stderr)
@@ -162,12 +165,7 @@ class LLM:
         Closing the iterator early aborts the request.
         """
         (params,) = self._params_for(1, sampling_params)
-        (request_id,) = self._add_all(self._encode([prompt]), [params], [0])
-        try:
-            while self._processor.has_unfinished_requests:
-                yield from self._step()
-        finally:
-            self._abort_all([request_id])
+        yield from self._outputs_of(self._add_all(self._encode([prompt]), [params], [0]))
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; returns False if requests still run."""
@@ -232,8 +230,8 @@ class LLM:
         try:
             for (text, token_ids), each, priority in zip(inputs, params, priorities, strict=True):
                 request_id = str(next(self._request_numbers))
-                children = self._processor.add_request(request_id, text, token_ids, each)
                 request_ids.append(request_id)
+                children = self._processor.add_request(request_id, text, token_ids, each)
                 for child in children:
                     self.engine.add_request(
                         child.request_id, token_ids, child.sampling_params, priority=priority
@@ -248,30 +246,47 @@ class LLM:
             for child_id in self._processor.abort(request_id):
                 self.engine.abort(child_id)
 
-    def _step(self) -> list[RequestOutput]:
-        """Run one step of the engine; return the outputs that it changed."""
+    def _outputs_of(self, request_ids: Sequence[str]) -> Iterator[RequestOutput]:
+        """Step until these are finished; leaving earlier, for whatever reason, aborts them.
+
+        Several callers may take turns (open streams): each gets its own outputs.
+        """
+        inbox: collections.deque[RequestOutput] = collections.deque()
+        self._inboxes.update(dict.fromkeys(request_ids, inbox))
+        num_unfinished = len(request_ids)
+        try:
+            while num_unfinished:
+                while not inbox:
+                    with interrupts_deferred():
+                        self._step()
+                output = inbox.popleft()
+                num_unfinished -= output.finished
+                yield output
+        finally:
+            for request_id in request_ids:
+                del self._inboxes[request_id]
+            self._abort_all(request_ids)
+
+    def _step(self) -> None:
+        """Run one step of the engine; put the outputs that it changed into their inboxes."""
         result = self.engine.step()
         if (step := result.step) is None:
-            return []
+            return
         if step.prompt_scores is not None:
             for chunk, arrays in step.prompt_scores.on_host():
                 self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
         processed = self._processor.process(result.outputs, step.logprobs())
         for stopped in processed.stopped:
             self.engine.finish(stopped.request_id, stopped.stop_reason)
-        return processed.request_outputs
+        for output in processed.request_outputs:
+            self._inboxes[output.request_id].append(output)
 
     def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
-        """Step until all are finished; whatever interrupts it aborts them."""
         finished: dict[str, RequestOutput] = {}
-        try:
-            with _Progress(len(request_ids), disable=not use_tqdm) as progress:
-                while len(finished) < len(request_ids):
-                    for output in self._step():
-                        finished[output.request_id] = output
-                        progress.update(output)
-        finally:
-            self._abort_all([i for i in request_ids if i not in finished])
+        with _Progress(len(request_ids), disable=not use_tqdm) as progress:
+            for output in self._outputs_of(request_ids):
+                finished[output.request_id] = output
+                progress.update(output)
         return [finished[request_id] for request_id in request_ids]
 
 
