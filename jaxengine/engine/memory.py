@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 
@@ -114,14 +115,26 @@ def device_limit(device: jax.Device, gpu_memory_utilization: float) -> tuple[int
     a CPU it is the memory that other programs leave free.
     """
     if device.platform == "cpu":
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+        return _host_memory()
     stats = device.memory_stats() or {}
     pool = stats.get("bytes_limit", 0)
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
     total = int(pool / fraction) if pool else 0
     limit = min(int(total * (gpu_memory_utilization - DRIVER_FRACTION)), pool)
     return total, limit - _bytes_of_others(stats)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes of memory, and of those what can be had: free pages and cached files, which give way.
+
+    (Free pages alone are few wherever a large file has just been read or written.)
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    available = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+    return total, max([free, *available])
 
 
 def _bytes_of_others(stats: dict) -> int:
