@@ -7,10 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxengine.config import EngineConfig
@@ -315,28 +317,39 @@ class _Progress:
         self._bar.update()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
-        return [prompts]
-    return list(prompts)
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(
+            f"prompts must be text, token ids, a dict or a list of them, got {type(prompts)}"
+        )
+    is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
+    return [prompts] if is_one else list(prompts)
 
 
 def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
     """Return (text, token ids); one of them may be None."""
     if isinstance(prompt, str):
         return prompt, None
-    if isinstance(prompt, Mapping):
-        token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
-        if token_ids is None and not isinstance(text, str):
-            raise ValueError(
-                f"a prompt needs 'prompt' (text) or 'prompt_token_ids', got {sorted(prompt)}"
-            )
-        return text, None if token_ids is None else list(token_ids)
-    if all(isinstance(token_id, int) for token_id in prompt):
-        return None, list(prompt)
-    raise ValueError(f"a prompt must be text, token ids or a dict of them, got {type(prompt)}")
+    if not isinstance(prompt, Mapping):
+        return None, _as_token_ids(prompt)
+    token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+    if not isinstance(text, str) and (text is not None or token_ids is None):
+        raise ValueError(
+            f"a prompt needs 'prompt' (text) or 'prompt_token_ids', got {dict(prompt)!r:.200}"
+        )
+    return text, None if token_ids is None else _as_token_ids(token_ids)
+
+
+def _as_token_ids(values: Any) -> list[int]:
+    """Bring token ids, numpy's too, into a list of Python's integers."""
+    is_sequence = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
+    if not is_sequence or not all(isinstance(token_id, Integral) for token_id in values):
+        raise ValueError(
+            f"a prompt must be text, token ids (integers) or a dict of them, got {values!r:.200}"
+        )
+    return [int(token_id) for token_id in values]
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
