@@ -28,7 +28,7 @@ PROMPTS = random_prompts(5, 21, 40, 3)
 ZERO_LOGPROBS = pytest.mark.xfail(
     raises=ZeroDivisionError,
     strict=True,
-    reason="prompt_logprobs=0 reshapes an array of no columns",
+    reason="an array of no columns is reshaped to -1",
 )
 CROWD = random_prompts(14, 15, 13, 12)  # with 20 tokens more each needs 3 blocks of 16
 
