@@ -233,9 +233,10 @@ def test_interrupting_an_answer_stops_it_and_keeps_what_was_said(monkeypatch) ->
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(FakeLLM, "stream", stream)
+    handler = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
     chat, _, _ = make_chat(["Hi"])
     assert chat.messages[-1] == {"role": "assistant", "content": "Hello"}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_an_error_leaves_the_conversation_as_it_was(monkeypatch) -> None:
