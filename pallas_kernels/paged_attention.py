@@ -121,6 +121,8 @@ def paged_attention(
         options,
     )
     # Each side is 0 where the other has its tokens, so only the first tokens are touched.
+    # (The barrier keeps XLA from fusing the update into a kernel call, which fails for Mosaic.)
+    ragged = jax.lax.optimization_barrier(ragged)
     return jax.lax.dynamic_update_slice(ragged, ragged[:rows] + decoded, (0, 0, 0))
 
 

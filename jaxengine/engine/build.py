@@ -1,7 +1,6 @@
 """Puts an engine together from EngineConfig, whose only reader this is."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -66,6 +65,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     min_mixed_tokens: int
+    min_decode_rows: int
     compiles_at_start: bool
 
 
@@ -98,6 +98,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device)
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         min_mixed_tokens=min(16 if is_cpu else 64, budget),
+        min_decode_rows=1 if is_cpu else 8,
         compiles_at_start=not (is_cpu or config.enforce_eager),
     )
 
@@ -128,6 +129,7 @@ def build_engine(
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             min_mixed_tokens=limits.min_mixed_tokens,
+            min_decode_rows=limits.min_decode_rows,
         ),
         max_num_seqs=limits.max_num_seqs,
         max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
@@ -137,11 +139,11 @@ def build_engine(
     num_blocks = budget.num_blocks
     if limits.compiles_at_start:
         # Before the weights and the cache are there: XLA tries out products in the free memory.
-        workers = max(1, (os.cpu_count() or 2) - 1)
-        show_progress = not config.disable_log_stats
-        runner.compile_all(num_blocks, max_workers=workers, show_progress=show_progress)
+        runner.compile_all(num_blocks, show_progress=not config.disable_log_stats)
     compiled = time.perf_counter()
     runner.start(_load(config, checkpoint, parts), num_blocks)
+    if limits.compiles_at_start:
+        runner.warm_up_samplers()
     startup = Startup(
         model=model,
         device_kind=devices[0].device_kind,
@@ -262,6 +264,8 @@ def _plan_memory(
             weight_bytes=weight_bytes,
             block_bytes=block_bytes,
             most_useful=most_useful,
+            compile_all=limits.compiles_at_start,
+            show_progress=not config.disable_log_stats,
         )
     return memory.MemoryBudget(
         total_bytes=total,
@@ -282,6 +286,8 @@ def _fit_blocks(
     weight_bytes: int,
     block_bytes: int,
     most_useful: int,
+    compile_all: bool,
+    show_progress: bool,
 ) -> tuple[int, int]:
     """Return how many KV blocks fit, and the bytes of the largest step.
 
@@ -300,6 +306,8 @@ def _fit_blocks(
         return min(blocks, most_useful)
 
     guess = fit(runner.guess_step_bytes())
+    if compile_all:  # the largest program beside all others, rather than before them
+        runner.compile_all(guess, show_progress=show_progress)
     step_bytes = runner.measure(guess)
     exact = fit(step_bytes)
     return (guess if exact * 0.97 <= guess <= exact else exact), step_bytes

@@ -6,6 +6,7 @@ It never waits for the device: ``execute`` returns a PendingStep whose tokens ar
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.logprobs import TokenLogprobs
 from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored
 from jaxengine.engine.sampler import SamplerOutput
-from jaxengine.engine.sampler_programs import COMMON_VARIANTS, SamplerPrograms
+from jaxengine.engine.sampler_programs import SamplerPrograms
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
 from jaxengine.engine.step import (
@@ -157,26 +158,27 @@ class ModelRunner:
         sampler = self._samplers.temp_bytes(self.largest_shape.num_rows)
         return max(forward.temp_size_in_bytes + max(outputs, 0), sampler)
 
-    def compile_all(self, num_blocks: int, *, max_workers: int, show_progress: bool) -> None:
+    def compile_all(self, num_blocks: int, *, show_progress: bool) -> None:
         """Compile every step shape, several at a time, so that none compiles during a run.
 
         Before ``start``: XLA tries out matrix products while there is memory for it.
         """
         self._set_num_blocks(num_blocks)
-        forwards = [functools.partial(self.program, s) for s in self._buckets.all_shapes()]
-        row_counts = sorted({s.num_rows for s in self._buckets.all_shapes()}, reverse=True)
-        samplers = [
-            functools.partial(self._samplers.warm_up, variant, num_rows)
-            for num_rows in row_counts
-            for variant in COMMON_VARIANTS
-        ]
-        tasks = forwards + samplers
+        shapes = [s for s in self._buckets.all_shapes() if (s, False) not in self._programs]
+        if not shapes:
+            return
+        max_workers = max(1, (os.cpu_count() or 2) - 1)
         with (
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
-            tqdm(total=len(tasks), desc="Compiling steps", disable=not show_progress) as bar,
+            tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
         ):
-            for _ in pool.map(lambda task: task(), tasks):
+            for _ in pool.map(self.program, shapes):
                 bar.update()
+
+    def warm_up_samplers(self) -> None:
+        """Compile the samplers of the common variants in the background; returns at once."""
+        row_counts = sorted({shape.num_rows for shape in self._buckets.all_shapes()})
+        self._samplers.warm_up_in_background(row_counts)
 
     def start(self, params: Params, num_blocks: int) -> None:
         """Take the weights and allocate the KV cache and the device-side state."""

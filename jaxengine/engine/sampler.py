@@ -101,16 +101,11 @@ def sample_packed(
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Return the column of each row's largest value, the lowest one among equals."""
-    return lax.platform_dependent(x, cpu=_argmax_by_max, default=_argmax_by_pairs)
+    """Return the column of each row's largest value, the lowest one among equals.
 
-
-def _argmax_by_pairs(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    return jnp.argmax(x, axis=1).astype(jnp.int32)
-
-
-def _argmax_by_max(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Find the maximum, then where it is: two loops that vectorize, 7 times as fast on a CPU."""
+    First the maximum, then where it is: two plain reductions, which vectorise on a CPU (7 times
+    as fast as ``jnp.argmax``) and which a GPU spreads over many blocks even for a single row.
+    """
     columns = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     is_largest = x == jnp.max(x, axis=1, keepdims=True)
     return jnp.min(jnp.where(is_largest, columns, x.shape[1] - 1), axis=1)

@@ -1,10 +1,12 @@
 """The compiled samplers: one for each variant and number of rows.
 
 Greedy batches need none, the forward step takes the most likely token itself. The variants that
-most requests ask for are compiled at start; any other one when it is first needed.
+most requests ask for are compiled behind the first requests; any other one when it is needed.
 """
 
 import logging
+import threading
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +45,16 @@ class SamplerPrograms:
         self._dtype = jnp.dtype(dtype)
         self._programs: dict[tuple[SamplerVariant, int], jax.stages.Compiled] = {}
 
-    def warm_up(self, variant: SamplerVariant, num_rows: int) -> None:
-        """Compile a variant before it is needed."""
-        self._program(variant, PackedLayout.of(variant, num_rows), num_rows)
+    def warm_up_in_background(self, row_counts: Sequence[int]) -> None:
+        """Compile the common variants in a thread; a process that ends waits for one at most."""
+        threading.Thread(target=self._warm_up, args=(row_counts,), name="warm-up").start()
+
+    def _warm_up(self, row_counts: Sequence[int]) -> None:
+        for num_rows in row_counts:
+            for variant in COMMON_VARIANTS:
+                if not threading.main_thread().is_alive():
+                    return
+                self._program(variant, PackedLayout.of(variant, num_rows), num_rows)
 
     def temp_bytes(self, num_rows: int) -> int:
         """Temporaries of the largest sampler, as XLA reports them."""
