@@ -13,6 +13,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 # Each set of packages leaves a stamp, so that the second time costs nothing.
 SETTINGS := pyproject.toml constraints.txt Makefile
 
+# Two at a time: much of a test's time is compilation, which keeps one core busy.
+PYTEST_ARGS ?= -n 2
+
 KERNELS_VENV := .venv-kernels
 PYTHON_NEWER ?= python3.12
 
