@@ -25,11 +25,6 @@ from tests.helpers import (
 
 TEXTS = ["the quick brown fox", "once upon a time there was", "pages of keys and values"]
 PROMPTS = random_prompts(5, 21, 40, 3)
-ZERO_LOGPROBS = pytest.mark.xfail(
-    raises=ZeroDivisionError,
-    strict=True,
-    reason="an array of no columns is reshaped to -1",
-)
 CROWD = random_prompts(14, 15, 13, 12)  # with 20 tokens more each needs 3 blocks of 16
 
 
@@ -365,7 +360,7 @@ def test_logprobs_ignore_temperature_bias_and_penalties(llm: LLM) -> None:
         assert abs(found.logprobs[0][token_id].logprob - entry.logprob) < 1e-5
 
 
-@pytest.mark.parametrize("count", [pytest.param(0, marks=ZERO_LOGPROBS), 4])
+@pytest.mark.parametrize("count", [pytest.param(0), 4])
 @pytest.mark.parametrize("chunk_tokens", [7, 16])
 def test_prompt_logprobs_are_those_of_transformers(
     llm: LLM, hf_model: Any, count: int, chunk_tokens: int
@@ -382,7 +377,6 @@ def test_prompt_logprobs_are_those_of_transformers(
             assert_entry(output.prompt_logprobs[i], expected[i - 1], prompt[i], count)
 
 
-@ZERO_LOGPROBS
 def test_prompt_logprobs_survive_preemption(llm: LLM, hf_model: Any) -> None:
     small = with_scheduler(llm, num_blocks=6)
     outputs = small.generate(CROWD, greedy(20, prompt_logprobs=0), use_tqdm=False)

@@ -14,7 +14,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.engine.model_runner import ModelRunner, PendingStep
 from jaxengine.engine.request import FinishReason, Request
 from jaxengine.engine.scheduler import Scheduler
-from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerStats
+from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerOutput, SchedulerStats
 from jaxengine.sampling_params import SamplingParams
 
 MAX_IN_FLIGHT = 2  # the step on the device, and the one behind it
@@ -61,6 +61,7 @@ class Engine:
         self._seed = seed
         self._max_in_flight = max_in_flight
         self._pending: collections.deque[PendingStep] = collections.deque()
+        self._in_flight: collections.deque[SchedulerOutput] = collections.deque()
 
     def add_request(
         self,
@@ -105,17 +106,39 @@ class Engine:
         return self.scheduler.has_unfinished_requests or bool(self._pending)
 
     def step(self) -> StepResult:
-        """Dispatch the next step, then take in the oldest one that must be read now."""
-        scheduled = self.scheduler.schedule()
-        if scheduled is not None:
-            self._pending.append(self.runner.execute(scheduled))
-            if len(self._pending) < self._max_in_flight:
+        """Dispatch the next step, then take in the oldest one that must be read now.
+
+        If the device fails, or the user interrupts, every request ends (what the cache holds is
+        no longer known), the error goes on to the caller, and the engine can be used again.
+        """
+        try:
+            scheduled = self.scheduler.schedule()
+            if scheduled is not None:
+                self._in_flight.append(scheduled)
+                self._pending.append(self.runner.execute(scheduled))
+                if len(self._pending) < self._max_in_flight:
+                    return StepResult([], None)
+            if not self._pending:
                 return StepResult([], None)
-        if not self._pending:
-            return StepResult([], None)
-        oldest = self._pending.popleft()
-        outputs = self.scheduler.update_from_output(oldest.scheduler_output, oldest.token_ids())
-        return StepResult(outputs, oldest)
+            oldest = self._pending.popleft()
+            token_ids = oldest.token_ids()
+        except BaseException:
+            self._give_up_steps()
+            raise
+        self._in_flight.popleft()
+        return StepResult(
+            self.scheduler.update_from_output(oldest.scheduler_output, token_ids), oldest
+        )
+
+    def _give_up_steps(self) -> None:
+        """End all requests and forget the steps in flight, whose results never come."""
+        self.scheduler.abort_all()
+        while self._in_flight:
+            step = self._in_flight.popleft()
+            self.scheduler.update_from_output(step, [0] * len(step.rows))
+        self._pending.clear()
+        self.scheduler.block_pool.reset_prefix_cache()
+        self.runner.restore_state()
 
     def stats(self) -> SchedulerStats:
         """Counters of the scheduler and the KV cache."""

@@ -87,4 +87,5 @@ def prompt_logprobs(
     targets = jnp.pad(next_token_ids, (0, padding)).reshape(-1, chunk_size)
     score = lambda chunk: token_logprobs(logits_fn(chunk[0]), chunk[1], num_logprobs)  # noqa: E731
     chunks = lax.map(score, (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], chunks)
+    # The number of rows is spelt out: -1 has no meaning for an array without columns.
+    return jax.tree.map(lambda x: x.reshape(T + padding, *x.shape[2:])[:T], chunks)

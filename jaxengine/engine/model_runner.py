@@ -183,9 +183,21 @@ class ModelRunner:
     def start(self, params: Params, num_blocks: int) -> None:
         """Take the weights and allocate the KV cache and the device-side state."""
         self._set_num_blocks(num_blocks)
-        mesh = self._parts.mesh
         self._params = params
-        self._caches = self._cache_spec.allocate(num_blocks, mesh)
+        self._allocate_state()
+
+    def restore_state(self) -> None:
+        """Make the device-side state anew if a step that failed has taken it along.
+
+        Only when no request runs: what the KV cache held is lost.
+        """
+        state = (self._caches, self._tables, self._last_tokens)
+        if any(array.is_deleted() for array in jax.tree.leaves(state)):
+            self._allocate_state()
+
+    def _allocate_state(self) -> None:
+        mesh = self._parts.mesh
+        self._caches = self._cache_spec.allocate(self._num_blocks, mesh)
         self._tables = jax.device_put(np.zeros(self._table_shape, np.int32), replicated(mesh))
         self._last_tokens = jax.device_put(np.zeros(self._max_num_seqs, np.int32), replicated(mesh))
 

@@ -205,6 +205,11 @@ class Scheduler:
             self._finish(request, reason, stop_reason)
         return request
 
+    def abort_all(self) -> None:
+        """End every request at once; their tokens in flight will be dropped."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
     def schedule(self) -> SchedulerOutput | None:
         """Choose the next step and count its tokens as computed.
 

@@ -147,7 +147,6 @@ def fail_once(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "execute", failing)
 
 
-@pytest.mark.xfail(strict=True, reason="a step that fails stays in flight for ever")
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
