@@ -254,7 +254,8 @@ def _plan_memory(
     total, limit = memory.device_limit(device, config.gpu_memory_utilization)
     step_bytes = 0  # on a CPU, programs are compiled later, and their temporaries are small
     if config.num_gpu_blocks_override or config.kv_cache_memory_bytes or is_cpu:
-        bytes_wanted = config.kv_cache_memory_bytes or memory.DEFAULT_CPU_CACHE_BYTES
+        default_bytes = min(memory.MAX_CPU_CACHE_BYTES, limit // 4)
+        bytes_wanted = config.kv_cache_memory_bytes or default_bytes
         num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
         memory.check_fits(limit, weight_bytes + runner.state_bytes, num_blocks * block_bytes)
     else:

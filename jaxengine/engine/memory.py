@@ -12,7 +12,7 @@ GIB = 1 << 30
 DRIVER_FRACTION = 0.0125
 # Room for what the account cannot see: autotuning scratch, transfers, fragmentation.
 SLACK_BYTES = 256 << 20
-DEFAULT_CPU_CACHE_BYTES = 4 * GIB
+MAX_CPU_CACHE_BYTES = 4 * GIB  # unless the user asks for another size
 
 
 @dataclasses.dataclass(frozen=True)
