@@ -190,7 +190,10 @@ class LLM:
         parsed = [_parse_prompt(prompt) for prompt in prompts]
         texts = [text for text, token_ids in parsed if token_ids is None and text is not None]
         encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
-        return [(text, next(encoded) if ids is None else ids) for text, ids in parsed]
+        inputs = [(text, next(encoded) if ids is None else ids) for text, ids in parsed]
+        for number, (_, token_ids) in enumerate(inputs):
+            _check_prompt(number, token_ids, self.engine.model_config.vocab_size)
+        return inputs
 
     def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
         if params is None:
@@ -350,6 +353,16 @@ def _as_token_ids(values: Any) -> list[int]:
             f"a prompt must be text, token ids (integers) or a dict of them, got {values!r:.200}"
         )
     return [int(token_id) for token_id in values]
+
+
+def _check_prompt(number: int, token_ids: list[int], vocab_size: int) -> None:
+    """Check here, before anything else looks at them: the tokenizer cannot take just any number."""
+    for bad in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= bad < vocab_size:
+            raise ValueError(
+                f"prompt {number}: token id {bad} is not in the vocabulary of {vocab_size}; "
+                "tokenize with this model's tokenizer"
+            )
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
