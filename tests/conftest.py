@@ -6,6 +6,7 @@ The kernel tests also run where only jax is installed, so nothing else is import
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # torch only runs tiny models, whose threads would wait for each other on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+    # A job that a shell has put into the background ignores Ctrl-C, which tests press.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
