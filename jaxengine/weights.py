@@ -164,9 +164,11 @@ def _repeat_kv_heads(source: Parameter, spec: ParamSpec) -> Callable[[Index | No
 
     With more shards than KV heads each head is held r times, with its share of the queries.
     """
-    heads, group = source.shape[0], source.shape[1] - 2
-    repeats = spec.shape[0] // heads
-    expected = (heads * repeats, group // max(repeats, 1) + 2, *source.shape[2:])
+    repeats, expected = 0, tuple[int, ...]()
+    if len(source.shape) > 1:  # [K, G + 2, ...]; nothing else can be repeated
+        heads, group = source.shape[0], source.shape[1] - 2
+        repeats = spec.shape[0] // heads
+        expected = (heads * repeats, group // max(repeats, 1) + 2, *source.shape[2:])
     if repeats < 2 or spec.shape != expected:
         raise ValueError(f"{source.path} has shape {source.shape}, the model needs {spec.shape}")
     share = group // repeats
