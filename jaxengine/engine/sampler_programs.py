@@ -74,7 +74,7 @@ class SamplerPrograms:
         """Dispatch the sampler of a batch; ``last_tokens`` is donated."""
         program = self._programs.get((variant, logits.shape[0]))
         if program is None:
-            logger.info("compiling a sampler of %d rows for %s", logits.shape[0], variant)
+            logger.debug("compiling a sampler of %d rows for %s", logits.shape[0], variant)
             program = self._program(variant, layout, logits.shape[0])
         return program(logits, packed, last_tokens)
 
