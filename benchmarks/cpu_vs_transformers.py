@@ -6,7 +6,8 @@ Batch 1: 128 greedy tokens after a short prompt. Batch 16: requests of mixed pro
 lengths, all there at the start. transformers runs them the two usual ways, as one batch padded on
 the left that goes on until the longest request is done, and one after the other; its better one
 counts. Only the tokens asked for are useful. The engines take turns, and the best of the repeats
-counts for each. Compile time is printed and not part of any figure.
+counts for each. Compile time is printed and not part of any figure. "cores" is CPU time by wall
+time: where it is well below ``--threads`` the machine was not quiet, and torch suffers most.
 
 Prints a table, and last one JSON line.
 """
@@ -148,13 +149,19 @@ def compare(
     runs = {"jaxengine": jaxengine(llm), **rivals}
     warm_up_s, tokens = {}, {}
     for engine, run in runs.items():
-        warm_up_s[engine], tokens[engine] = timed(run, requests)
+        warm_up_s[engine], _, tokens[engine] = timed(run, requests)
     seconds: dict[str, list[float]] = {engine: [] for engine in runs}
+    cores: dict[str, list[float]] = {engine: [] for engine in runs}
     useful = sum(n for _, n in requests)
     for _ in range(repeats):
         for engine, run in runs.items():
-            seconds[engine].append(timed(run, requests)[0])
-            print(f"{name}: {engine} {useful / seconds[engine][-1]:.1f} tok/s", flush=True)
+            wall_s, cpu_s, _ = timed(run, requests)
+            seconds[engine].append(wall_s)
+            cores[engine].append(cpu_s / wall_s)
+            print(
+                f"{name}: {engine} {useful / wall_s:.1f} tok/s, {cpu_s / wall_s:.2f} cores",
+                flush=True,
+            )
     speed = {engine: useful / min(times) for engine, times in seconds.items()}
     best = max(rivals, key=lambda engine: speed[engine])
     return {
@@ -166,6 +173,7 @@ def compare(
         "median_tok_s": {
             engine: round(useful / statistics.median(times), 1) for engine, times in seconds.items()
         },
+        "cores": {engine: round(max(values), 2) for engine, values in cores.items()},
         "warm_up_s": {engine: round(value, 1) for engine, value in warm_up_s.items()},
         "best_rival": best,
         "ratio": round(speed["jaxengine"] / speed[best], 2),
@@ -177,23 +185,27 @@ def compare(
     }
 
 
-def timed(run: Run, requests: list[Request]) -> tuple[float, list[list[int]]]:
+def timed(run: Run, requests: list[Request]) -> tuple[float, float, list[list[int]]]:
+    """Return wall seconds, CPU seconds of all threads, and the tokens."""
     time.sleep(REST_S)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     tokens = run(requests)
-    seconds = time.perf_counter() - started
+    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     assert [len(row) for row in tokens] == [n for _, n in requests]
-    return seconds, tokens
+    return wall_s, cpu_s, tokens
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"\n{'workload':10}{'engine':28}{'tok/s':>8}{'ratio':>8}{'warm-up s':>11}")
+    print(f"\n{'workload':10}{'engine':28}{'tok/s':>8}{'ratio':>8}{'cores':>7}{'warm-up s':>11}")
     for result in results:
         for engine, speed in result["tok_s"].items():
             ratio = result["tok_s"]["jaxengine"] / speed
             label = engine if engine == "jaxengine" else f"transformers, {engine}"
             warm_up_s = result["warm_up_s"][engine]
-            print(f"{result['name']:10}{label:28}{speed:8.1f}{ratio:8.2f}{warm_up_s:11.1f}")
+            print(
+                f"{result['name']:10}{label:28}{speed:8.1f}{ratio:8.2f}"
+                f"{result['cores'][engine]:7.2f}{warm_up_s:11.1f}"
+            )
         print(
             f"{'':10}{result['ratio']:.2f} times transformers' better way (target "
             f"{result['target']}); {result['equal_requests']} of {result['requests']} requests "
