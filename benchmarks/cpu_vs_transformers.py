@@ -7,7 +7,7 @@ lengths, all there at the start. transformers runs them the two usual ways, as o
 the left that goes on until the longest request is done, and one after the other; its better one
 counts. Only the tokens asked for are useful. The engines take turns, and the best of the repeats
 counts for each. Compile time is printed and not part of any figure. "cores" is CPU time by wall
-time: where it is well below ``--threads`` the machine was not quiet, and torch suffers most.
+time: well below ``--threads`` the machine was not quiet, and torch suffers most from that.
 
 Prints a table, and last one JSON line.
 """
