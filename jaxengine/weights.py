@@ -32,12 +32,26 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter that a model declares: shape, dtype, sharding, and what a dummy one holds."""
+    """A parameter that a model declares.
+
+    Attributes:
+        shape: Shape in memory.
+        dtype: Type in memory.
+        spec: How it is cut.
+        init: What a dummy one holds, "normal" or "ones".
+        num_in_axes: Axes that stand first in memory and last in a checkpoint.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     spec: P
     init: str
+    num_in_axes: int = 0
+
+    @property
+    def checkpoint_shape(self) -> tuple[int, ...]:
+        """Shape that a checkpoint gives it."""
+        return self.shape[self.num_in_axes :] + self.shape[: self.num_in_axes]
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +117,11 @@ def param_specs(build_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, P
         value = variable.get_value()
         metadata = variable.get_metadata()
         specs[".".join(map(str, path))] = ParamSpec(
-            value.shape, value.dtype, metadata["spec"], metadata["init"]
+            value.shape,
+            value.dtype,
+            metadata["spec"],
+            metadata["init"],
+            metadata["num_in_axes"],
         )
     return (graphdef, state), specs
 
@@ -154,12 +172,30 @@ def load_params(
 
 def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
     read: Callable[[Index | None], np.ndarray] = source.load
-    if source.shape != spec.shape:
-        read = _repeat_kv_heads(source, spec)
+    if source.shape != spec.checkpoint_shape:
+        read = _repeat_kv_heads(source, spec.checkpoint_shape)
+    if spec.num_in_axes:
+        read = _roll_axes(read, spec.num_in_axes)
     return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), read)
 
 
-def _repeat_kv_heads(source: Parameter, spec: ParamSpec) -> Callable[[Index | None], np.ndarray]:
+def _roll_axes(
+    read: Callable[[Index | None], np.ndarray], num_in_axes: int
+) -> Callable[[Index | None], np.ndarray]:
+    """Read with the last ``num_in_axes`` axes of the checkpoint in front."""
+
+    def read_rolled(index: Index | None) -> np.ndarray:
+        part = read(index and index[num_in_axes:] + index[:num_in_axes])
+        num_out_axes = part.ndim - num_in_axes
+        axes = (*range(num_out_axes, part.ndim), *range(num_out_axes))
+        return np.ascontiguousarray(part.transpose(axes))
+
+    return read_rolled
+
+
+def _repeat_kv_heads(
+    source: Parameter, shape: tuple[int, ...]
+) -> Callable[[Index | None], np.ndarray]:
     """Read a fused weight [K, G + 2, H, ...] as [K * r, G / r + 2, H, ...].
 
     With more shards than KV heads each head is held r times, with its share of the queries.
@@ -167,10 +203,10 @@ def _repeat_kv_heads(source: Parameter, spec: ParamSpec) -> Callable[[Index | No
     repeats, expected = 0, tuple[int, ...]()
     if len(source.shape) > 1:  # [K, G + 2, ...]; nothing else can be repeated
         heads, group = source.shape[0], source.shape[1] - 2
-        repeats = spec.shape[0] // heads
+        repeats = shape[0] // heads
         expected = (heads * repeats, group // max(repeats, 1) + 2, *source.shape[2:])
-    if repeats < 2 or spec.shape != expected:
-        raise ValueError(f"{source.path} has shape {source.shape}, the model needs {spec.shape}")
+    if repeats < 2 or shape != expected:
+        raise ValueError(f"{source.path} has shape {source.shape}, the model needs {shape}")
     share = group // repeats
 
     def read_head(head: int, rest: Index) -> np.ndarray:
@@ -179,8 +215,8 @@ def _repeat_kv_heads(source: Parameter, spec: ParamSpec) -> Callable[[Index | No
         return np.concatenate([whole[:, first : first + share], whole[:, -2:]], axis=1)
 
     def read(index: Index | None) -> np.ndarray:
-        index = index or (slice(None),) * len(spec.shape)
-        wanted = range(spec.shape[0])[index[0]]
+        index = index or (slice(None),) * len(shape)
+        wanted = range(shape[0])[index[0]]
         stacked = np.concatenate([read_head(head, index[2:]) for head in wanted])
         return stacked[:, index[1]]
 

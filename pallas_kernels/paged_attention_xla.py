@@ -1,8 +1,7 @@
 """Paged attention in plain XLA: what the CPU runs, and the fallback for shapes no kernel serves.
 
-Work is a list of (row, KV tile) items for decode and (query tile, KV tile) items for ragged rows,
-walked by loops with a dynamic trip count: neither the width of the block table nor padding rows
-cost anything. The softmax is merged tile by tile.
+Loops over KV tiles have a dynamic trip count, so the width of the block table costs nothing, and
+padding rows next to nothing. The softmax is merged tile by tile.
 Source: FlashAttention, arXiv:2205.14135, Algorithm 1 (running maximum and sum), in float32.
 """
 
@@ -13,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 # Tile sizes measured on a 2-core CPU with SmolLM2's shapes (9 query heads, 3 KV heads of 64).
 DECODE_TILE_KV = 64
-MAX_DECODE_ITEMS = 16
+DECODE_GROUP_ROWS = 4
+MAX_DECODE_GROUPS = 8
 # Ragged rows: (tile_q, tile_kv, fewest query tokens). Large tiles keep matrix products busy,
 # small ones waste little on short rows; a row takes the last entry that it is long enough for.
 RAGGED_TILES = ((16, 64, 1), (64, 256, 256))
@@ -36,58 +36,92 @@ def paged_decode_xla(
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row, the last of its sequence; rows of length 0 give 0.
 
-    Each iteration reduces a fixed number of (row, tile) items, whichever rows they belong to, so
-    the work is that of the real lengths, not of B times the longest.
+    Rows are sorted by length and walked in groups, tile by tile: a group takes as long as its
+    longest row, and the groups' loops run beside each other.
     """
+    B = q.shape[0]
+    slopes = _grouped_slopes(alibi_slopes, k_cache.shape[1])
+
+    def attend(q: jax.Array, block_tables: jax.Array, seq_lens: jax.Array) -> jax.Array:
+        return _decode_in_lockstep(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            slopes,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+        )
+
+    num_groups = min(MAX_DECODE_GROUPS, B // DECODE_GROUP_ROWS)
+    if num_groups < 2:
+        return attend(q, block_tables, seq_lens)
+    order = jnp.argsort(seq_lens)
+    groups = [order[B * group // num_groups : B * (group + 1) // num_groups]
+              for group in range(num_groups)]  # fmt: skip
+    out = [attend(q[rows], block_tables[rows], seq_lens[rows]) for rows in groups]
+    return jnp.concatenate(out)[jnp.argsort(order)]
+
+
+def _decode_in_lockstep(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    slopes: jax.Array | None,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+) -> jax.Array:
+    """Attend a group of rows, all to their next KV tile at a time."""
     B, N, H = q.shape
     K, block_size = k_cache.shape[1:3]
     G = N // K
     blocks_per_tile = max(1, DECODE_TILE_KV // block_size)
     tile_kv = blocks_per_tile * block_size
-    items = min(MAX_DECODE_ITEMS, max(2, B))
     queries = q.reshape(B, K, G, H).astype(jnp.float32) * scale
-    slopes = _grouped_slopes(alibi_slopes, K)
+    padding = -block_tables.shape[1] % blocks_per_tile
+    block_tables = jnp.pad(block_tables, ((0, 0), (0, padding)))  # a slice must not be shifted
 
-    first_key = 0 if sliding_window is None else jnp.maximum(seq_lens - sliding_window, 0)
-    first_tile = first_key // tile_kv
-    num_tiles = jnp.maximum((seq_lens + tile_kv - 1) // tile_kv - first_tile, 0)
-    ends = jnp.cumsum(num_tiles)
-    tile_shift = first_tile - (ends - num_tiles)  # item + shift of its row = tile of the row
-
-    def reduce_items(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def reduce_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, maximum, total = carry
-        item = step * items + jnp.arange(items)
-        is_real = item < ends[-1]
-        row = jnp.minimum(_row_of(item, ends), B - 1)
-        tile = jnp.where(is_real, item + tile_shift[row], 0)
-        columns = tile[:, None] * blocks_per_tile + jnp.arange(blocks_per_tile)
-        blocks = block_tables.at[row[:, None], columns].get(mode="clip")
-        k, v = _gather(k_cache, blocks), _gather(v_cache, blocks)  # [items, K, tile_kv, H]
+        blocks = lax.dynamic_slice_in_dim(
+            block_tables, tile * blocks_per_tile, blocks_per_tile, axis=1
+        )
+        # Rows that have ended all read block 0, which stays in the processor's cache.
+        blocks = jnp.where((tile * tile_kv < seq_lens)[:, None], blocks, 0)
+        k, v = _gather(k_cache, blocks), _gather(v_cache, blocks)  # [B, K, tile_kv, H]
 
-        position = (seq_lens[row] - 1)[:, None]
-        key_position = tile[:, None] * tile_kv + jnp.arange(tile_kv)
-        scores = jnp.einsum("IKGH,IKSH->IKGS", queries[row], k, precision="highest")
-        scores = _biased(scores, (key_position - position)[:, None, None], slopes, logits_soft_cap)
-        visible = (key_position <= position) & is_real[:, None]
+        distance = tile * tile_kv + jnp.arange(tile_kv) - (seq_lens - 1)[:, None]
+        scores = jnp.einsum("BKGH,BKSH->BKGS", queries, k, precision="highest")
+        scores = _biased(scores, distance[:, None, None], slopes, logits_soft_cap)
+        visible = distance <= 0
         if sliding_window is not None:
-            visible &= key_position > position - sliding_window
-        visible = visible[:, None, None]
+            visible &= distance > -sliding_window
+        scores = jnp.where(visible[:, None, None], scores, MASKED)
 
-        new_maximum = maximum.at[row].max(jnp.where(visible, scores, MASKED).max(-1))
-        weights = jnp.where(visible, jnp.exp(scores - new_maximum[row][..., None]), 0.0)
+        new_maximum = jnp.maximum(maximum, scores.max(-1))
+        weights = jnp.exp(scores - new_maximum[..., None])
         decay = jnp.exp(maximum - new_maximum)
-        total = (total * decay).at[row].add(weights.sum(-1))
-        weighted = jnp.einsum("IKGS,IKSH->IKGH", weights, v, precision="highest")
-        return (acc * decay[..., None]).at[row].add(weighted), new_maximum, total
+        # Not a matrix product: XLA reads V where it lies, without copying the tile first.
+        weighted = (weights[..., None] * v[:, :, None]).sum(3)
+        return acc * decay[..., None] + weighted, new_maximum, total * decay + weights.sum(-1)
 
     start = (
         jnp.zeros((B, K, G, H), jnp.float32),
         jnp.full((B, K, G), MASKED, jnp.float32),
         jnp.zeros((B, K, G), jnp.float32),
     )
-    num_steps = (ends[-1] + items - 1) // items
-    acc, _, total = lax.fori_loop(0, num_steps, reduce_items, start)
-    return _normalised(acc, total).reshape(B, N, H).astype(q.dtype)
+    first_key = 0 if sliding_window is None else jnp.maximum(seq_lens.min() - sliding_window, 0)
+    end_tile = (seq_lens.max() + tile_kv - 1) // tile_kv
+    acc, _, total = lax.fori_loop(first_key // tile_kv, end_tile, reduce_tile, start)
+    # A row of length 0 has only met masked keys, each with weight 1.
+    out = jnp.where((seq_lens > 0)[:, None, None, None], _normalised(acc, total), 0.0)
+    return out.reshape(B, N, H).astype(q.dtype)
 
 
 def ragged_attention_xla(
@@ -159,7 +193,8 @@ def _attend_rows(
     G = N // K
     blocks_per_tile = max(1, tile_kv // block_size)
     tile_kv = blocks_per_tile * block_size
-    slopes = _grouped_slopes(alibi_slopes, K)[..., None]
+    slopes = _grouped_slopes(alibi_slopes, K)
+    slopes = None if slopes is None else slopes[..., None]
     num_tiles = (query_lens + tile_q - 1) // tile_q
     ends = jnp.cumsum(num_tiles)
 
@@ -231,18 +266,21 @@ def _gather(cache: jax.Array, blocks: jax.Array) -> jax.Array:
     return tile.reshape(*blocks.shape[:-1], K, blocks.shape[-1] * block_size, H)
 
 
-def _grouped_slopes(alibi_slopes: jax.Array | None, K: int) -> jax.Array:
+def _grouped_slopes(alibi_slopes: jax.Array | None, K: int) -> jax.Array | None:
     if alibi_slopes is None:
-        return jnp.zeros((K, 1, 1), jnp.float32)
+        return None
     return alibi_slopes.astype(jnp.float32).reshape(K, -1, 1)
 
 
 def _biased(
-    scores: jax.Array, distance: jax.Array, slopes: jax.Array, logits_soft_cap: float | None
+    scores: jax.Array,
+    distance: jax.Array,
+    slopes: jax.Array | None,
+    logits_soft_cap: float | None,
 ) -> jax.Array:
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    return scores + slopes * distance
+    return scores if slopes is None else scores + slopes * distance
 
 
 def _normalised(acc: jax.Array, total: jax.Array) -> jax.Array:

@@ -211,6 +211,7 @@ def _build_parts(
         num_kv_heads=max(model.num_kv_heads, len(devices)),
         max_model_len=limits.max_model_len,
         attention_backend=config.attention_backend,
+        input_major=devices[0].platform == "cpu",
     )
     factory = ModelRegistry.resolve(model.architecture)
     definition, specs = param_specs(lambda: factory(model, options))

@@ -27,6 +27,7 @@ class AttentionSpec:
     Attributes:
         sliding_window: Tokens that a query sees, its own included; None for all.
         implementation: Kernel to use; None for the best one.
+        input_major: How weights lie in memory, see ``Linear``.
     """
 
     hidden_size: int
@@ -39,6 +40,7 @@ class AttentionSpec:
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     implementation: str | None = None
+    input_major: bool = False
 
 
 class Attention(nnx.Module):
@@ -57,6 +59,7 @@ class Attention(nnx.Module):
             spec=P(TENSOR_AXIS, None, None, None),
             dtype=dtype,
             use_bias=spec.qkv_bias,
+            input_major=spec.input_major,
         )
         self.o_proj = Linear(
             (spec.hidden_size,),
@@ -64,6 +67,7 @@ class Attention(nnx.Module):
             spec=P(None, TENSOR_AXIS, None),
             dtype=dtype,
             use_bias=spec.out_bias,
+            input_major=spec.input_major,
         )
         eps = spec.qk_norm_eps
         self.q_norm = None if eps is None else RMSNorm(spec.head_dim, eps=eps, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Linear and embedding layers over sharded weights, in HF's orientation: weights are [out, in].
+"""Linear and embedding layers over sharded weights, [out, in] as HF has them unless told otherwise.
 
 Source: Megatron-LM, arXiv:1909.08053, section 3 (column- and row-parallel layers).
 """
@@ -15,12 +15,21 @@ from jaxtyping import Array, Float, Int
 from jaxengine.sharding import TENSOR_AXIS, sum_over_shards
 
 
-def parameter(shape: tuple[int, ...], dtype: Any, spec: P, init: str = "normal") -> nnx.Param:
-    """Declare a weight; ``spec`` says how it is cut, ``init`` what a dummy one holds.
+def parameter(
+    shape: tuple[int, ...], dtype: Any, spec: P, *, init: str = "normal", num_in_axes: int = 0
+) -> nnx.Param:
+    """Declare a weight.
 
     Models are only ever built under ``nnx.eval_shape``: the zeros are never made.
+
+    Args:
+        shape: Shape in memory.
+        dtype: Type in memory.
+        spec: How it is cut.
+        init: What a dummy one holds.
+        num_in_axes: Axes that stand first here and last in a checkpoint (see ``Linear``).
     """
-    return nnx.Param(jnp.zeros(shape, dtype), spec=spec, init=init)
+    return nnx.Param(jnp.zeros(shape, dtype), spec=spec, init=init, num_in_axes=num_in_axes)
 
 
 class Linear(nnx.Module):
@@ -32,6 +41,8 @@ class Linear(nnx.Module):
         spec: Sharding of the weight. A sharded input dimension makes the layer row-parallel: the
             shards' partial sums are added, the bias once.
         use_bias: Whether there is a bias of ``out_shape``.
+        input_major: Hold the weight as [*in_shape, *out_shape]: XLA's products on a CPU read it
+            up to 1.3 times as fast so, from 4 rows on.
     """
 
     def __init__(
@@ -42,18 +53,28 @@ class Linear(nnx.Module):
         spec: P,
         dtype: Any,
         use_bias: bool = False,
+        input_major: bool = False,
     ) -> None:
+        out_spec, in_spec = spec[: len(out_shape)], spec[len(out_shape) :]
         self.num_out_axes = len(out_shape)
-        self.is_row_parallel = any(axis is not None for axis in spec[self.num_out_axes :])
-        self.weight = parameter((*out_shape, *in_shape), dtype, spec)
-        bias_spec = P(*spec[: self.num_out_axes])
-        self.bias = parameter(out_shape, dtype, bias_spec) if use_bias else None
+        self.is_row_parallel = any(axis is not None for axis in in_spec)
+        self.input_major = input_major
+        if input_major:
+            self.weight = parameter(
+                (*in_shape, *out_shape), dtype, P(*in_spec, *out_spec), num_in_axes=len(in_shape)
+            )
+        else:
+            self.weight = parameter((*out_shape, *in_shape), dtype, spec)
+        self.bias = parameter(out_shape, dtype, P(*out_spec)) if use_bias else None
 
     def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
-        weight = self.weight[...]
-        out_shape = weight.shape[: self.num_out_axes]
-        weight = weight.reshape(math.prod(out_shape), -1)
-        y = project(x.reshape(x.shape[0], -1), weight)
+        weight, rows = self.weight[...], x.reshape(x.shape[0], -1)
+        if self.input_major:
+            out_shape = weight.shape[-self.num_out_axes :]
+            y = rows @ weight.reshape(-1, math.prod(out_shape))
+        else:
+            out_shape = weight.shape[: self.num_out_axes]
+            y = project(rows, weight.reshape(math.prod(out_shape), -1))
         if self.is_row_parallel:
             y = sum_over_shards(y)
         y = y.reshape(x.shape[0], *out_shape)
@@ -66,19 +87,33 @@ def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array,
 
 
 class Embedding(nnx.Module):
-    """Token embedding, the vocabulary cut over the shards; also the tied output projection."""
+    """Token embedding, the vocabulary cut over the shards; also the tied output projection.
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: Any) -> None:
-        self.weight = parameter((vocab_size, hidden_size), dtype, P(TENSOR_AXIS, None))
+    With ``input_major`` it is held as the projection likes it, [D, V]; the few columns that a
+    step looks up cost little.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, dtype: Any, input_major: bool = False
+    ) -> None:
+        self.input_major = input_major
+        if input_major:
+            shape, spec = (hidden_size, vocab_size), P(None, TENSOR_AXIS)
+        else:
+            shape, spec = (vocab_size, hidden_size), P(TENSOR_AXIS, None)
+        self.weight = parameter(shape, dtype, spec, num_in_axes=int(input_major))
 
     def __call__(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         weight = self.weight[...]
-        local = token_ids - jax.lax.axis_index(TENSOR_AXIS) * weight.shape[0]
-        is_here = (local >= 0) & (local < weight.shape[0])
-        rows = weight[jnp.where(is_here, local, 0)]
+        num_rows = weight.shape[1 if self.input_major else 0]
+        local = token_ids - jax.lax.axis_index(TENSOR_AXIS) * num_rows
+        is_here = (local >= 0) & (local < num_rows)
+        row = jnp.where(is_here, local, 0)
+        rows = weight[:, row].T if self.input_major else weight[row]
         return sum_over_shards(jnp.where(is_here[:, None], rows, 0))
 
     def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Scores over the whole vocabulary, gathered from the shards."""
-        local = project(x, self.weight[...])
+        weight = self.weight[...]
+        local = x @ weight if self.input_major else project(x, weight)
         return jax.lax.all_gather(local, TENSOR_AXIS, axis=1, tiled=True)

@@ -35,6 +35,7 @@ class GatedMLP(nnx.Module):
         hidden_act: str,
         use_bias: bool,
         dtype: Any,
+        input_major: bool = False,
     ) -> None:
         if hidden_act not in ACTIVATIONS:
             raise ValueError(
@@ -47,6 +48,7 @@ class GatedMLP(nnx.Module):
             spec=P(None, TENSOR_AXIS, None),
             dtype=dtype,
             use_bias=use_bias,
+            input_major=input_major,
         )
         self.down_proj = Linear(
             (hidden_size,),
@@ -54,6 +56,7 @@ class GatedMLP(nnx.Module):
             spec=P(None, TENSOR_AXIS),
             dtype=dtype,
             use_bias=use_bias,
+            input_major=input_major,
         )
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -40,12 +40,14 @@ class ModelOptions:
             size where that is larger (heads are then repeated).
         max_model_len: Longest sequence, in tokens; some rope types depend on it.
         attention_backend: Kernel to use; None for the best one.
+        input_major: How the weights of matrix products lie in memory, see ``Linear``.
     """
 
     num_kv_heads: int
     max_model_len: int
     layers: range | None = None
     attention_backend: str | None = None
+    input_major: bool = False
 
 
 class DecoderLayer(nnx.Module):
@@ -66,6 +68,7 @@ class DecoderLayer(nnx.Module):
             qk_norm_eps=eps if spec.has_qk_norm else None,
             sliding_window=config.sliding_windows[layer],
             implementation=options.attention_backend,
+            input_major=options.input_major,
         )
         self.input_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
         self.attention = Attention(attention, dtype=dtype)
@@ -76,6 +79,7 @@ class DecoderLayer(nnx.Module):
             hidden_act=config.hidden_act,
             use_bias=spec.mlp_bias,
             dtype=dtype,
+            input_major=options.input_major,
         )
 
     def __call__(
@@ -105,14 +109,19 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, options: ModelOptions, spec: DecoderSpec) -> None:
         layers = range(config.num_layers) if options.layers is None else options.layers
         dtype = jnp.dtype(config.dtype)
-        vocabulary = (config.vocab_size, config.hidden_size)
+        new_embedding = functools.partial(
+            Embedding,
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            input_major=options.input_major,
+        )
         is_first, is_last = layers.start == 0, layers.stop == config.num_layers
         self.layer_numbers = layers
         self.config, self.max_model_len = config, options.max_model_len
         tied = config.tie_word_embeddings
-        self.embed_tokens = (
-            Embedding(*vocabulary, dtype=dtype) if is_first or (is_last and tied) else None
-        )
+        has_embedding = is_first or (is_last and tied)
+        self.embed_tokens = new_embedding() if has_embedding else None
         # A dict by the layer's own number, so that a stage's parameters keep the model's names.
         self.layers = nnx.Dict(
             {str(layer): DecoderLayer(config, spec, options, layer) for layer in layers}
@@ -120,7 +129,7 @@ class Decoder(nnx.Module):
         self.norm = (
             RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if is_last else None
         )
-        self.lm_head = Embedding(*vocabulary, dtype=dtype) if is_last and not tied else None
+        self.lm_head = new_embedding() if is_last and not tied else None
 
     def __call__(
         self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
