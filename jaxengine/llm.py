@@ -62,6 +62,7 @@ class LLM:
         self._processor = OutputProcessor(self._tokenizer)
         self._request_numbers = itertools.count()
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
+        self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
             print(f"{self.startup.text()}\n  ready after {seconds:.1f} s", file=sys.stderr)
@@ -168,6 +169,58 @@ class LLM:
         """
         (params,) = self._params_for(1, sampling_params)
         yield from self._outputs_of(self._add_all(self._encode([prompt]), [params], [0]))
+
+    def add_request(
+        self,
+        prompt: Prompt | None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+    ) -> str:
+        """Queue one request beside those that run; ``step`` brings its outputs.
+
+        Args:
+            prompt: As for ``generate``.
+            sampling_params: None takes the model's defaults.
+            messages: A conversation for the model's chat template, in place of the prompt.
+
+        Returns:
+            The request id, for ``abort_request`` and in its outputs.
+
+        Raises:
+            ValueError: If the prompt or a parameter is not possible. Nothing has changed then.
+        """
+        if (prompt is None) == (messages is None):
+            raise ValueError("a request needs either a prompt or messages, and not both")
+        if messages is not None:
+            tokenizer = self._require_tokenizer()
+            text = tokenizer.render_chat(messages)
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            prompt = {"prompt": text, "prompt_token_ids": token_ids}
+        assert prompt is not None
+        (params,) = self._params_for(1, sampling_params)
+        (request_id,) = self._add_all(self._encode([prompt]), [params], [0])
+        self._inboxes[request_id] = self._news
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step, and return the new outputs of the requests of ``add_request``.
+
+        If it raises, all of these are to be aborted; the model can be used again after that.
+        """
+        with interrupts_deferred():
+            self._step()
+        outputs = list(self._news)
+        self._news.clear()
+        for output in outputs:
+            if output.finished:
+                del self._inboxes[output.request_id]
+        return outputs
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request of ``add_request``; no output comes for it any more."""
+        self._inboxes.pop(request_id, None)
+        self._abort_all([request_id])
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; returns False if requests still run."""
