@@ -23,7 +23,11 @@ SAMPLING_FIELDS = (
     *("allowed_token_ids",),
 )
 REPEATED_FIELDS = {"stop": str, "stop_token_ids": int, "bad_words": str, "allowed_token_ids": int}
-ALIASES = {"tensor_parallel_size": ["-tp"], "pipeline_parallel_size": ["-pp"]}
+ALIASES = {
+    "tensor_parallel_size": ["-tp"],
+    "pipeline_parallel_size": ["-pp"],
+    "data_parallel_size": ["-dp"],
+}
 SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 

@@ -180,8 +180,8 @@ class EngineConfig:
         scheduling_policy: fcfs, or priority (lowest number first).
         async_scheduling: Dispatch a step before the tokens of the last one are read.
         tensor_parallel_size: Devices that share each layer.
-        pipeline_parallel_size: Groups of devices that share the layers; only 1 so far.
-        data_parallel_size: Replicas of the model; only 1 so far.
+        pipeline_parallel_size: Groups of devices, each of which has some of the layers.
+        data_parallel_size: Replicas of the model, each on its own devices, that share the requests.
         enforce_eager: Compile shapes when they are first needed instead of at start.
         load_format: auto, safetensors, pt, gguf, or dummy (random weights).
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
@@ -249,12 +249,6 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
-        for name in ("pipeline_parallel_size", "data_parallel_size"):
-            if getattr(self, name) > 1:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is not supported yet: use 1, and "
-                    "tensor_parallel_size to spread a model over GPUs"
-                )
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

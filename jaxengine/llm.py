@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine import memory
-from jaxengine.engine.build import build_engine
+from jaxengine.engine.replicas import build_replicas, startup_text
 from jaxengine.interrupts import interrupts_deferred
 from jaxengine.output_processor import OutputProcessor
 from jaxengine.outputs import RequestOutput
@@ -56,7 +56,8 @@ class LLM:
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
             eos_token_ids = self._tokenizer.eos_token_ids
-        self.engine, self.startup = build_engine(config, checkpoint, eos_token_ids)
+        self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
+        self.startup = startups[0]
         self.engine_config = config
         self._generation_config = generation_config if config.generation_config == "auto" else {}
         self._processor = OutputProcessor(self._tokenizer)
@@ -65,7 +66,7 @@ class LLM:
         self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
-            print(f"{self.startup.text()}\n  ready after {seconds:.1f} s", file=sys.stderr)
+            print(f"{startup_text(startups)}\n  ready after {seconds:.1f} s", file=sys.stderr)
 
     def get_tokenizer(self) -> Any:
         """Return the Hugging Face tokenizer.

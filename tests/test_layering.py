@@ -22,7 +22,8 @@ DEVICE_ENGINE = tuple(
     f"jaxengine.engine.{name}"
     for name in (
         *("batch_builder", "buckets", "build", "engine", "kv_cache", "logprobs", "memory"),
-        *("model_runner", "prompt_scorer", "sampler*", "step", "top_tokens", "truncation"),
+        *("model_runner", "prompt_scorer", "replicas", "sampler*", "step", "top_tokens"),
+        "truncation",
     )
 )
 

@@ -1,0 +1,323 @@
+"""Data parallelism: several replicas of a model behind the interface of one Engine.
+
+Each replica is a whole engine on devices of its own, with its own scheduler and KV cache; none
+knows of the others. ReplicaGroup gives each request to one of them and steps them all from one
+thread, so it must never wait for one replica while another has a result or nothing to do.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine.build import Startup, build_engine
+from jaxengine.engine.engine import Engine, StepResult
+from jaxengine.engine.model_runner import PendingStep
+from jaxengine.engine.request import Request
+from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerStats
+from jaxengine.sampling_params import SamplingParams
+from jaxengine.weights import Checkpoint
+
+POLL_S = 50e-6  # hidden behind the second step in flight, which the device goes on with
+
+
+class Replica(Engine):
+    """An engine whose step is cut into three parts, of which only ``read`` waits."""
+
+    @classmethod
+    def of(cls, engine: Engine, seed: int = 0) -> "Replica":
+        """Take over the parts of an idle engine."""
+        return cls(
+            engine.scheduler,
+            engine.runner,
+            model_config=engine.model_config,
+            eos_token_ids=engine.eos_token_ids,
+            seed=seed,
+            max_in_flight=engine.scheduler.max_in_flight,
+        )
+
+    @property
+    def has_pending_steps(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._pending)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step is in flight and ``read`` would not wait for it."""
+        if not self._pending:
+            return False
+        return self._pending[0].sampled.token_ids.is_ready()  # type: ignore[attr-defined]
+
+    def dispatch(self) -> None:
+        """Dispatch what can run, up to the limit of steps in flight; never waits."""
+        while (scheduled := self.scheduler.schedule()) is not None:
+            self._in_flight.append(scheduled)
+            self._pending.append(self.runner.execute(scheduled))
+
+    def read(self) -> tuple[PendingStep, np.ndarray]:
+        """Wait for the oldest step in flight; return it with its token ids."""
+        oldest = self._pending.popleft()
+        return oldest, oldest.token_ids()
+
+    def take_in(self, step: PendingStep, token_ids: np.ndarray) -> StepResult:
+        """Give the scheduler the tokens of a step that was read."""
+        self._in_flight.popleft()
+        outputs = self.scheduler.update_from_output(step.scheduler_output, token_ids)
+        return StepResult(outputs, step)
+
+    def give_up_steps(self) -> None:
+        """End all requests and forget the steps in flight; the replica can be used again."""
+        self._give_up_steps()
+
+
+@dataclasses.dataclass(slots=True)
+class Placement:
+    """Where a request lives, and how many tokens it may still cost there."""
+
+    replica: int
+    num_unfinished_tokens: int
+
+
+class Router:
+    """Chooses a replica for each request: the one with the fewest unfinished tokens.
+
+    A request counts with its prompt and the output tokens that it may still sample: the blocks it
+    will hold and the steps it will take. The number of requests says less, since one of a hundred
+    thousand tokens is no equal of one of ten. The prompt counts to the end, as each step reads it.
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        self._loads = [0] * num_replicas
+        self._placements: dict[str, Placement] = {}
+
+    @property
+    def loads(self) -> list[int]:
+        """Unfinished tokens of each replica."""
+        return list(self._loads)
+
+    def find(self, request_id: str) -> int | None:
+        """Return the replica of an unfinished request; None if there is no such request."""
+        placement = self._placements.get(request_id)
+        return None if placement is None else placement.replica
+
+    def choose(self) -> int:
+        """Return the replica for the next request: the lowest number of the least loaded."""
+        return self._loads.index(min(self._loads))
+
+    def place(self, request_id: str, replica: int, num_tokens: int) -> None:
+        """Note that a replica has taken a request of at most ``num_tokens``, prompt and output."""
+        self._placements[request_id] = Placement(replica, num_tokens)
+        self._loads[replica] += num_tokens
+
+    def remove(self, request_id: str) -> int | None:
+        """Forget a request that has ended; return where it was, None if it is not known."""
+        placement = self._placements.pop(request_id, None)
+        if placement is None:
+            return None
+        self._loads[placement.replica] -= placement.num_unfinished_tokens
+        return placement.replica
+
+    def record(self, outputs: Sequence[EngineCoreOutput]) -> None:
+        """Take in the news of a step."""
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.remove(output.request_id)
+                continue
+            placement = self._placements[output.request_id]
+            placement.num_unfinished_tokens -= len(output.new_token_ids)
+            self._loads[placement.replica] -= len(output.new_token_ids)
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self._placements.clear()
+        self._loads = [0] * len(self._loads)
+
+
+class ReplicaGroup:
+    """Replicas of a model, used like one Engine.
+
+    Args:
+        replicas: Equal but for their devices; at least one.
+    """
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self.replicas = tuple(replicas)
+        self._router = Router(len(replicas))
+        # The one that was read longest ago comes first, so none is passed over for ever.
+        self._reading_order = list(replicas)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model served."""
+        return self.replicas[0].model_config
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
+        return self.replicas[0].eos_token_ids
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request waits or runs, or a step is in flight."""
+        return any(replica.has_unfinished_requests for replica in self.replicas)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Queue a request at the replica with the fewest unfinished tokens.
+
+        Raises:
+            ValueError: As ``Engine.add_request``.
+        """
+        number = self._router.find(request_id)
+        if number is None:  # else the name is in use, which its replica will say
+            number = self._router.choose()
+        request = self.replicas[number].add_request(
+            request_id, prompt_token_ids, params, arrival_time=arrival_time, priority=priority
+        )
+        self._router.place(request_id, number, request.max_num_tokens)
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once; its tokens in flight are dropped."""
+        if (number := self._router.remove(request_id)) is not None:
+            self.replicas[number].abort(request_id)
+
+    def finish(self, request_id: str, stop_reason: int | str | None) -> None:
+        """End a request because its text holds a stop string."""
+        if (number := self._router.remove(request_id)) is not None:
+            self.replicas[number].finish(request_id, stop_reason)
+
+    def step(self) -> StepResult:
+        """Dispatch what each replica can run, then take in one finished step of one of them.
+
+        If a device fails, or the user interrupts, every request of every replica ends, the error
+        goes on to the caller, and the group can be used again.
+        """
+        try:
+            for replica in self._reading_order:
+                replica.dispatch()
+            chosen = self._wait_for_any()
+            if chosen is None:
+                return StepResult([], None)
+            step, token_ids = chosen.read()
+        except BaseException:
+            self._give_up_steps()
+            raise
+        self._reading_order.remove(chosen)
+        self._reading_order.append(chosen)
+        result = chosen.take_in(step, token_ids)
+        self._router.record(result.outputs)
+        return result
+
+    def _wait_for_any(self) -> Replica | None:
+        """Return a replica whose oldest step is done; None if no step is in flight."""
+        busy = [replica for replica in self._reading_order if replica.has_pending_steps]
+        if len(busy) <= 1:  # there is nobody else to serve: ``read`` may wait
+            return busy[0] if busy else None
+        while True:
+            for replica in busy:
+                if replica.is_ready:
+                    return replica
+            time.sleep(POLL_S)
+
+    def _give_up_steps(self) -> None:
+        self._router.clear()
+        with contextlib.ExitStack() as stack:  # calls all of them, even if one raises
+            for replica in self.replicas:
+                stack.callback(replica.give_up_steps)
+
+    def stats(self) -> SchedulerStats:
+        """Counters of all replicas together."""
+        return sum_stats([replica.stats() for replica in self.replicas])
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, with nothing changed, if requests still run."""
+        if self.stats().num_held_blocks:
+            return False
+        return all([replica.reset_prefix_cache() for replica in self.replicas])
+
+
+def sum_stats(stats: Sequence[SchedulerStats]) -> SchedulerStats:
+    """Add up counters.
+
+    ``kv_waste`` is weighted by the blocks held; ``kv_waste_average`` is the plain mean of those
+    that have one, as the router gives replicas about the same number of tokens.
+    """
+    num_held_blocks = sum(each.num_held_blocks for each in stats)
+    averages = [each.kv_waste_average for each in stats if each.kv_waste_average]
+    return SchedulerStats(
+        num_running=sum(each.num_running for each in stats),
+        num_waiting=sum(each.num_waiting for each in stats),
+        num_held_blocks=num_held_blocks,
+        num_usable_blocks=sum(each.num_usable_blocks for each in stats),
+        kv_waste=sum(e.kv_waste * e.num_held_blocks for e in stats) / max(1, num_held_blocks),
+        kv_waste_average=sum(averages) / max(1, len(averages)),
+        prefix_cache_queries=sum(each.prefix_cache_queries for each in stats),
+        prefix_cache_hits=sum(each.prefix_cache_hits for each in stats),
+        num_preemptions=sum(each.num_preemptions for each in stats),
+    )
+
+
+def build_replicas(
+    config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: frozenset[int]
+) -> tuple[Engine | ReplicaGroup, list[Startup]]:
+    """Build ``data_parallel_size`` replicas, one after the other.
+
+    Returns:
+        The engine itself if there is one, else their group; and what each start did.
+
+    Raises:
+        ValueError: As ``build_engine``; also if there are too few devices.
+    """
+    if config.data_parallel_size == 1:
+        engine, startup = build_engine(config, checkpoint, eos_token_ids)
+        return engine, [startup]
+    replicas, startups = [], []
+    for devices in split_devices(config, jax.devices()):
+        engine, startup = build_engine(config, checkpoint, eos_token_ids, devices=devices)
+        replicas.append(Replica.of(engine, config.seed))
+        startups.append(startup)
+    return ReplicaGroup(replicas), startups
+
+
+def split_devices(config: EngineConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Return the devices of each replica: neighbours, in order.
+
+    Raises:
+        ValueError: If there are too few, with the sizes that fit.
+    """
+    tp, pp, dp = (
+        config.tensor_parallel_size,
+        config.pipeline_parallel_size,
+        config.data_parallel_size,
+    )
+    size = tp * pp
+    if size * dp > len(devices):
+        most = len(devices) // size
+        remedy = f"use a data_parallel_size of at most {most}"
+        if not most:
+            remedy = "lower tensor_parallel_size or pipeline_parallel_size: one replica has no room"
+        raise ValueError(
+            f"tensor_parallel_size {tp} x pipeline_parallel_size {pp} x data_parallel_size {dp} "
+            f"needs {size * dp} devices but there are {len(devices)}: {remedy}"
+        )
+    return [list(devices[first : first + size]) for first in range(0, size * dp, size)]
+
+
+def startup_text(startups: Sequence[Startup]) -> str:
+    """The report of the start; of several replicas, the one with the smallest KV cache."""
+    smallest = min(startups, key=lambda startup: startup.budget.num_blocks)
+    if len(startups) == 1:
+        return smallest.text()
+    return f"{len(startups)} replicas, each with at least:\n{smallest.text()}"
