@@ -4,6 +4,7 @@ The whole step runs under one ``shard_map``: layers see the local shapes of thei
 explicitly, so the number of collectives is what the code says and never what a partitioner chose.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -22,6 +23,33 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device of the mesh holds the whole array."""
     return NamedSharding(mesh, P())
+
+
+def replicate(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Put a host array on every device of a mesh, each process on its own (no collective)."""
+    return jax.make_array_from_callback(
+        x.shape, replicated(mesh), lambda index: x[index], dtype=x.dtype
+    )
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Cut the layers into runs whose lengths differ by one at most, the last ones the shorter.
+
+    The last stage also computes the logits.
+
+    Raises:
+        ValueError: If there are fewer layers than stages.
+    """
+    if num_stages > num_layers:
+        raise ValueError(
+            f"pipeline_parallel_size {num_stages} is more than the model's {num_layers} layers: "
+            f"use at most {num_layers}"
+        )
+    shortest, longer = divmod(num_layers, num_stages)
+    ends = [0]
+    for stage in range(num_stages):
+        ends.append(ends[-1] + shortest + (stage < longer))
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def sum_over_shards(x: jax.Array) -> jax.Array:

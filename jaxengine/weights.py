@@ -7,7 +7,8 @@ from ``convert``, and the two must agree to the last parameter.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
         read = _repeat_kv_heads(source, spec.checkpoint_shape)
     if spec.num_in_axes:
         read = _roll_axes(read, spec.num_in_axes)
-    return jax.make_array_from_callback(spec.shape, NamedSharding(mesh, spec.spec), read)
+    sharding = NamedSharding(mesh, spec.spec)
+    return jax.make_array_from_callback(spec.shape, sharding, read, dtype=spec.dtype)
 
 
 def _roll_axes(
@@ -225,23 +227,16 @@ def _repeat_kv_heads(
 
 def random_params(specs: dict[str, ParamSpec], mesh: Mesh, seed: int) -> Params:
     """Make dummy weights on the devices: norms are 1, the rest normal with deviation 0.02."""
-    keys = _keys(seed)
+    key = jax.random.key(seed, impl="rbg")  # the fast generator: these are gigabytes
     makers: dict[Any, Callable] = {}
     params = {}
     for path, spec in specs.items():
         kind = (spec.shape, spec.dtype, spec.spec, spec.init)
         if kind not in makers:
             makers[kind] = jax.jit(_maker(spec), out_shardings=NamedSharding(mesh, spec.spec))
-        params[path] = makers[kind](next(keys))
+        # By name, so that a stage makes what the whole model would have there.
+        params[path] = makers[kind](jax.random.fold_in(key, zlib.crc32(path.encode())))
     return params
-
-
-def _keys(seed: int) -> Iterator[jax.Array]:
-    key = jax.random.key(seed, impl="rbg")  # the fast generator: these are gigabytes
-    number = 0
-    while True:
-        yield jax.random.fold_in(key, number)
-        number += 1
 
 
 def _maker(spec: ParamSpec) -> Callable[[jax.Array], jax.Array]:

@@ -1,4 +1,4 @@
-"""Runs a model on 1, 2, 4 and 8 virtual CPU devices and prints what happened, as JSON.
+"""Runs a model in many shapes on 8 virtual CPU devices and prints what happened, as JSON.
 
 A program of its own, because the number of devices is fixed when jax starts:
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_run MODEL
@@ -15,8 +15,16 @@ from jaxengine import LLM
 from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts
 
 SIZES = (1, 2, 4, 8)
+PIPELINES = ((1, 2), (1, 4), (2, 2), (4, 2))  # tensor- and pipeline-parallel size
+MESHES = (*((size, 1) for size in SIZES), *PIPELINES)
+REPLICAS = "tp2 pp2 dp2"
 PROMPTS = random_prompts(14, 15, 40)  # the last one comes in chunks of 16
 NUM_TOKENS = 24
+
+
+def name_of(mesh: tuple[int, int]) -> str:
+    """Such as "tp2 pp1"."""
+    return f"tp{mesh[0]} pp{mesh[1]}"
 
 
 def collectives(program: jax.stages.Compiled) -> list[str]:
@@ -36,33 +44,46 @@ def bytes_by_device(arrays: Any) -> list[int]:
 
 
 def run(llm: LLM) -> dict[str, Any]:
-    """Generate twice (the second time with cached prefixes), and look inside."""
+    """Generate twice, the second time with cached prefixes."""
     first = llm.generate(PROMPTS, greedy(NUM_TOKENS), use_tqdm=False)
     second = llm.generate(PROMPTS[2:], greedy(NUM_TOKENS), use_tqdm=False)
-    assert_idle(llm)
-    runner, stats = llm.engine.runner, llm.get_metrics()
     return {
         "first": output_ids(first),
         "second": output_ids(second),
-        "num_preemptions": stats.num_preemptions,
+        "num_preemptions": llm.get_metrics().num_preemptions,
         "num_cached_tokens": second[0].num_cached_tokens,
+    }
+
+
+def look_inside(llm: LLM) -> dict[str, Any]:
+    """What the compiled programs communicate, and what each device holds."""
+    assert_idle(llm)
+    runner = llm.engine.runner
+    shapes = runner._buckets.all_shapes()[:2]
+    return {
         "collectives": {
-            "decode" if shape.decode_only else "mixed": collectives(runner.program(shape))
-            for shape in runner._buckets.all_shapes()[:2]
+            "decode" if shape.decode_only else "mixed": [
+                collectives(stage.program(shape)) for stage in runner.stages
+            ]
+            for shape in shapes
         },
-        "param_bytes": bytes_by_device(runner._params),
-        "cache_bytes": bytes_by_device(runner._caches),
+        "param_bytes": bytes_by_device([stage.params for stage in runner.stages]),
+        "cache_bytes": bytes_by_device([stage.caches for stage in runner.stages]),
     }
 
 
 def main() -> None:
-    """Print one JSON object: tensor-parallel size -> result."""
+    """Print one JSON object: name of the mesh -> result."""
     assert len(jax.devices()) == 8
     results = {}
-    for size in SIZES:
+    for mesh in MESHES:
         # The first two need 3 blocks each to their end, there are 4.
         limits = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
-        results[size] = run(make_llm(sys.argv[1], tensor_parallel_size=size, **limits))
+        sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
+        llm = make_llm(sys.argv[1], **sizes, **limits)
+        results[name_of(mesh)] = run(llm) | look_inside(llm)
+    sizes = {f"{kind}_parallel_size": 2 for kind in ("tensor", "pipeline", "data")}
+    results[REPLICAS] = run(make_llm(sys.argv[1], **sizes, **limits))
     print(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism on 8 virtual devices: same tokens, each device its share, few reductions."""
+"""Tensor and pipeline parallelism on 8 virtual devices: same tokens, each device its share."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jaxengine.sharding import check_tensor_parallel_size
+from jaxengine.sharding import check_tensor_parallel_size, split_layers
 from tests.helpers import hf_greedy, make_llm, save_tiny_chat_model
-from tests.sharded_run import NUM_TOKENS, PROMPTS, SIZES
+from tests.sharded_run import MESHES, NUM_TOKENS, PROMPTS, REPLICAS, name_of
 
-V, D, F, N, K, H, L = 160, 64, 96, 8, 2, 8, 2
+V, D, F, N, K, H, L = 160, 64, 96, 8, 2, 8, 5
 MODEL = {
     "vocab_size": V,
     "hidden_size": D,
@@ -22,7 +22,7 @@ MODEL = {
     "num_key_value_heads": K,
     "num_hidden_layers": L,
 }
-EVERY_SIZE = pytest.mark.parametrize("size", SIZES)
+EVERY_MESH = pytest.mark.parametrize(("size", "num_stages"), MESHES, ids=map(name_of, MESHES))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(sharded_model: Path) -> dict[int, dict[str, Any]]:
+def results(sharded_model: Path) -> dict[str, dict[str, Any]]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.sharded_run", sharded_model],
@@ -39,54 +39,89 @@ def results(sharded_model: Path) -> dict[int, dict[str, Any]]:
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {int(size): result for size, result in found.items()}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@EVERY_SIZE
-def test_every_size_gives_the_tokens_of_transformers(
-    results: dict, sharded_model: Path, size: int
-) -> None:
+@pytest.fixture(scope="module")
+def expected_tokens(sharded_model: Path) -> list[list[int]]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(sharded_model).float().eval()
-    expected = [hf_greedy(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
-    assert results[size]["first"] == expected
-    assert results[size]["second"] == expected[2:]
+    return [hf_greedy(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
-@EVERY_SIZE
-def test_the_runs_met_preemption_and_cached_prefixes(results: dict, size: int) -> None:
-    assert results[size]["num_preemptions"] > 0
-    assert results[size]["num_cached_tokens"] == 32
+@pytest.mark.parametrize("name", [*map(name_of, MESHES), REPLICAS])
+def test_every_mesh_gives_the_tokens_of_transformers(
+    results: dict, expected_tokens: list[list[int]], name: str
+) -> None:
+    assert results[name]["first"] == expected_tokens
+    assert results[name]["second"] == expected_tokens[2:]
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
+@EVERY_MESH
+def test_the_runs_met_preemption_and_cached_prefixes(
+    results: dict, size: int, num_stages: int
+) -> None:
+    result = results[name_of((size, num_stages))]
+    assert result["num_preemptions"] > 0
+    assert result["num_cached_tokens"] == 32
+
+
+@EVERY_MESH
 @pytest.mark.parametrize(("step", "tokens", "rows"), [("mixed", 16, 2), ("decode", 2, 2)])
 def test_a_step_reduces_twice_a_layer_and_once_for_the_embedding(
-    results: dict, size: int, step: str, tokens: int, rows: int
+    results: dict, size: int, num_stages: int, step: str, tokens: int, rows: int
 ) -> None:
-    reductions = [f"all-reduce {tokens},{D}"] * (2 * L + 1)
-    assert results[size]["collectives"][step] == [f"all-gather {rows},{V}", *reductions]
+    stages = results[name_of((size, num_stages))]["collectives"][step]
+    for found, layers in zip(stages, split_layers(L, num_stages), strict=True):
+        is_first, is_last = layers.start == 0, layers.stop == L
+        reductions = [f"all-reduce {tokens},{D}"] * (2 * len(layers) + is_first)
+        gathers = [f"all-gather {rows},{V}"] * is_last
+        assert found == [*gathers, *reductions]
 
 
-@EVERY_SIZE
-def test_each_device_holds_its_share_of_the_weights(results: dict, size: int) -> None:
+@EVERY_MESH
+def test_each_device_holds_its_share_of_the_weights(
+    results: dict, size: int, num_stages: int
+) -> None:
     kv_heads = max(K // size, 1)  # with more shards than KV heads each is held several times
     qkv, out = (N // size + 2 * kv_heads) * H * D, D * N // size * H
     layer = qkv + out + 3 * F * D // size + 2 * D
-    expected = 4 * (2 * V * D // size + L * layer + D)
-    assert results[size]["param_bytes"] == [expected] * size + [0] * (8 - size)
+    numbers = [len(layers) * layer for layers in split_layers(L, num_stages)]
+    numbers[0] += V * D // size
+    numbers[-1] += V * D // size + D
+    assert results[name_of((size, num_stages))]["param_bytes"] == by_device(numbers, size)
 
 
-@EVERY_SIZE
-def test_each_device_holds_its_heads_of_the_cache(results: dict, size: int) -> None:
+@EVERY_MESH
+def test_each_device_holds_its_heads_and_layers_of_the_cache(
+    results: dict, size: int, num_stages: int
+) -> None:
     num_blocks, block_size = 5, 16
-    expected = 4 * 2 * L * num_blocks * max(K // size, 1) * block_size * H
-    assert results[size]["cache_bytes"] == [expected] * size + [0] * (8 - size)
+    heads = max(K // size, 1)
+    numbers = [
+        2 * len(layers) * num_blocks * heads * block_size * H
+        for layers in split_layers(L, num_stages)
+    ]
+    assert results[name_of((size, num_stages))]["cache_bytes"] == by_device(numbers, size)
+
+
+def by_device(numbers_of_stages: list[int], size: int) -> list[int]:
+    """Bytes that each of the 8 devices should hold, of float32."""
+    held = [4 * count for count in numbers_of_stages for _ in range(size)]
+    return held + [0] * (8 - len(held))
+
+
+def test_the_layers_are_cut_evenly_and_the_last_stages_are_the_shorter() -> None:
+    assert split_layers(32, 1) == [range(32)]
+    assert split_layers(32, 2) == [range(16), range(16, 32)]
+    assert [len(layers) for layers in split_layers(30, 4)] == [8, 8, 7, 7]
+    assert [layer for layers in split_layers(61, 7) for layer in layers] == list(range(61))
+    with pytest.raises(ValueError, match="pipeline_parallel_size 3 is more than the model's 2 lay"):
+        split_layers(2, 3)
 
 
 def test_a_size_that_does_not_divide_names_the_ones_that_do() -> None:
@@ -101,5 +136,5 @@ def test_a_size_that_does_not_divide_names_the_ones_that_do() -> None:
 
 
 def test_more_shards_than_devices_are_refused(sharded_model: Path) -> None:
-    with pytest.raises(ValueError, match="tensor_parallel_size 64 needs 64 devices"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 64 x .* needs 64 devices"):
         make_llm(sharded_model, tensor_parallel_size=64)

@@ -5,19 +5,22 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from jaxengine.batch import StepShape
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine import memory
 from jaxengine.engine.block_pool import BlockPool
 from jaxengine.engine.buckets import Buckets
-from jaxengine.engine.engine import MAX_IN_FLIGHT, Engine
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.model_runner import ModelParts, ModelRunner
+from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.scheduler import Scheduler
+from jaxengine.engine.stage import Stage
+from jaxengine.engine.step import StageParts
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
-from jaxengine.sharding import check_tensor_parallel_size, make_mesh
+from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
 
 
@@ -105,75 +108,107 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device)
 
 
 def build_engine(
-    config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: frozenset[int]
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    eos_token_ids: frozenset[int],
+    devices: Sequence[jax.Device] | None = None,
+    hooks: RunnerHooks = RunnerHooks(),  # noqa: B008 (immutable)
 ) -> tuple[Engine, Startup]:
     """Load a model and make it ready to serve.
+
+    Args:
+        config: What the user asked for.
+        checkpoint: From ``open_model``.
+        eos_token_ids: Tokens that end a request.
+        devices: Those of one replica; None takes the first ones there are.
+        hooks: For what drives the runners of other hosts.
 
     Raises:
         ValueError: If the model is not supported, the checkpoint is damaged, the flags
             contradict each other, or memory does not suffice.
     """
-    devices = jax.devices()
-    size = config.tensor_parallel_size
-    if size > len(devices):
-        raise ValueError(
-            f"tensor_parallel_size {size} needs {size} devices but there are {len(devices)}: "
-            f"use at most {len(devices)}"
-        )
-    model = read_model_config(config, checkpoint, devices[0])
-    limits = resolve_limits(config, model, devices[0])
-    parts, cache_spec = _build_parts(config, model, limits, devices[:size])
-    runner = ModelRunner(
-        parts,
-        cache_spec=cache_spec,
-        buckets=Buckets(
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            min_mixed_tokens=limits.min_mixed_tokens,
-            min_decode_rows=limits.min_decode_rows,
-        ),
-        max_num_seqs=limits.max_num_seqs,
-        max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
-    )
-    started = time.perf_counter()
-    budget = _plan_memory(runner, config, parts, cache_spec, limits)
-    num_blocks = budget.num_blocks
-    if limits.compiles_at_start:
-        # Before the weights and the cache are there: XLA tries out products in the free memory.
-        runner.compile_all(num_blocks, show_progress=not config.disable_log_stats)
-    compiled = time.perf_counter()
-    runner.start(_load(config, checkpoint, parts), num_blocks)
-    if limits.compiles_at_start:
-        runner.warm_up_samplers()
-    startup = Startup(
-        model=model,
-        device_kind=devices[0].device_kind,
-        num_devices=size,
-        compile_s=compiled - started,
-        load_s=time.perf_counter() - compiled,
-        compile_seconds=dict(runner.compile_seconds),
-        budget=budget,
-    )
+    runner, startup, limits = build_runner(config, checkpoint, devices, hooks)
     scheduler = Scheduler(
-        block_pool=BlockPool(num_blocks, config.block_size, config.enable_prefix_caching),
+        block_pool=BlockPool(
+            startup.budget.num_blocks, config.block_size, config.enable_prefix_caching
+        ),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         policy=config.scheduling_policy,
-        max_in_flight=MAX_IN_FLIGHT if config.async_scheduling else 1,
-        sliding_window=model.uniform_sliding_window,
+        max_in_flight=runner.max_in_flight,
+        num_stages=len(runner.stages),
+        sliding_window=startup.model.uniform_sliding_window,
     )
     engine = Engine(
         scheduler,
         runner,
-        model_config=model,
+        model_config=startup.model,
         eos_token_ids=eos_token_ids,
         seed=config.seed,
-        max_in_flight=MAX_IN_FLIGHT if config.async_scheduling else 1,
+        max_in_flight=runner.max_in_flight,
     )
     return engine, startup
+
+
+def build_runner(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    devices: Sequence[jax.Device] | None = None,
+    hooks: RunnerHooks = RunnerHooks(),  # noqa: B008 (immutable)
+) -> tuple[ModelRunner, Startup, Limits]:
+    """Load a model onto its devices and compile its steps: an engine without a scheduler.
+
+    Raises:
+        ValueError: As ``build_engine``.
+    """
+    devices = choose_devices(config, jax.devices() if devices is None else devices)
+    model = read_model_config(config, checkpoint, devices[0])
+    limits = resolve_limits(config, model, devices[0])
+    runner = _new_runner(config, model, limits, devices, hooks)
+    started = time.perf_counter()
+    budget = _plan_memory(runner, config, limits)
+    budget = dataclasses.replace(budget, num_blocks=hooks.agree_on_blocks(budget.num_blocks))
+    runner.set_num_blocks(budget.num_blocks)
+    if limits.compiles_at_start:
+        # Before the weights and the cache are there: XLA tries out products in the free memory.
+        runner.compile_all(show_progress=not config.disable_log_stats)
+    compiled = time.perf_counter()
+    runner.start([_load(config, checkpoint, stage.parts) for stage in runner.stages])
+    if limits.compiles_at_start:
+        runner.warm_up_samplers()
+    startup = Startup(
+        model=model,
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        compile_s=compiled - started,
+        load_s=time.perf_counter() - compiled,
+        compile_seconds=runner.compile_seconds,
+        budget=budget,
+    )
+    return runner, startup, limits
+
+
+def choose_devices(config: EngineConfig, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """Return the devices of one replica, stage by stage.
+
+    With several hosts the last stage is on the first one, whose process reads the tokens.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
+    if tensor * pipeline > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} needs "
+            f"{tensor * pipeline} devices but there are {len(devices)}: lower one of them"
+        )
+    chosen = list(devices[: tensor * pipeline])
+    if pipeline > 1:
+        chosen.sort(key=lambda device: -device.process_index)  # stable: ids stay in order
+    return chosen
 
 
 def read_model_config(
@@ -197,37 +232,79 @@ def read_model_config(
     return ModelConfig.from_hf(hf, dtype)
 
 
-def _build_parts(
-    config: EngineConfig, model: ModelConfig, limits: Limits, devices: Sequence[jax.Device]
-) -> tuple[ModelParts, KVCacheSpec]:
+def _new_runner(
+    config: EngineConfig,
+    model: ModelConfig,
+    limits: Limits,
+    devices: Sequence[jax.Device],
+    hooks: RunnerHooks,
+) -> ModelRunner:
+    size = config.tensor_parallel_size
     check_tensor_parallel_size(
-        len(devices),
+        size,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         intermediate_size=model.intermediate_size,
         vocab_size=model.vocab_size,
     )
+    stages = []
+    for number, layers in enumerate(split_layers(model.num_layers, config.pipeline_parallel_size)):
+        mesh = make_mesh(devices[number * size : (number + 1) * size])
+        stages.append(_build_stage(config, model, limits, mesh, layers))
+    return ModelRunner(
+        stages,
+        buckets=Buckets(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            min_mixed_tokens=limits.min_mixed_tokens,
+            min_decode_rows=limits.min_decode_rows,
+        ),
+        vocab_size=model.vocab_size,
+        activation_size=3 * model.intermediate_size + 2 * model.hidden_size,
+        max_num_seqs=limits.max_num_seqs,
+        # A step in each stage and one waiting, so that the devices never wait for the host.
+        max_in_flight=len(stages) + config.async_scheduling,
+        hooks=hooks,
+    )
+
+
+def _build_stage(
+    config: EngineConfig, model: ModelConfig, limits: Limits, mesh: Mesh, layers: range
+) -> Stage:
     options = ModelOptions(
-        num_kv_heads=max(model.num_kv_heads, len(devices)),
+        num_kv_heads=max(model.num_kv_heads, mesh.size),
         max_model_len=limits.max_model_len,
+        layers=layers,
         attention_backend=config.attention_backend,
-        input_major=devices[0].platform == "cpu",
+        input_major=mesh.devices.flat[0].platform == "cpu",
     )
     factory = ModelRegistry.resolve(model.architecture)
     definition, specs = param_specs(lambda: factory(model, options))
+    parts = StageParts(
+        definition,
+        specs,
+        mesh,
+        layers,
+        is_first=layers.start == 0,
+        is_last=layers.stop == model.num_layers,
+    )
     cache_spec = KVCacheSpec(
-        num_layers=model.num_layers,
+        num_layers=len(layers),
         num_kv_heads=options.num_kv_heads,
         head_dim=model.head_dim,
         block_size=config.block_size,
         dtype=model.dtype,
     )
-    activation_size = 3 * model.intermediate_size + 2 * model.hidden_size
-    parts = ModelParts(definition, specs, make_mesh(devices), model.vocab_size, activation_size)
-    return parts, cache_spec
+    return Stage(
+        parts,
+        cache_spec=cache_spec,
+        hidden_size=model.hidden_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
+    )
 
 
-def _load(config: EngineConfig, checkpoint: Checkpoint, parts: ModelParts) -> Params:
+def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:
     if config.load_format == "dummy":
         params = random_params(parts.specs, parts.mesh, config.seed)
     else:
@@ -236,81 +313,82 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, parts: ModelParts) -> Pa
     return jax.block_until_ready(params)
 
 
-def _plan_memory(
-    runner: ModelRunner,
-    config: EngineConfig,
-    parts: ModelParts,
-    cache_spec: KVCacheSpec,
-    limits: Limits,
-) -> memory.MemoryBudget:
-    """Decide the number of KV blocks, and account for the rest."""
-    device = parts.mesh.devices.flat[0]
-    num_shards = parts.mesh.size
-    block_bytes = cache_spec.block_bytes // num_shards
-    weight_bytes = sum(
-        spec.num_bytes // (num_shards if any(spec.spec) else 1) for spec in parts.specs.values()
-    )
+def _plan_memory(runner: ModelRunner, config: EngineConfig, limits: Limits) -> memory.MemoryBudget:
+    """Decide the number of KV blocks, the same in every stage, and account for the rest.
+
+    Returns:
+        The account of the stage that has room for the fewest blocks.
+    """
     blocks_per_seq = -(-limits.max_model_len // config.block_size)
     most_useful = limits.max_num_seqs * blocks_per_seq + 1
-    is_cpu = device.platform == "cpu"
-    total, limit = memory.device_limit(device, config.gpu_memory_utilization)
+    budgets = [_plan_stage(stage, runner, config, most_useful) for stage in runner.stages]
+    is_measured = not (_cache_size_is_given(config) or runner.stages[0].parts.is_on_cpu)
+    if is_measured:
+        runner.set_num_blocks(min(budget.num_blocks for budget in budgets))
+        if limits.compiles_at_start:  # the largest programs beside all others, not before them
+            runner.compile_all(show_progress=not config.disable_log_stats)
+        budgets = [
+            _measure_stage(stage, runner, budget, most_useful)
+            for stage, budget in zip(runner.stages, budgets, strict=True)
+        ]
+    return min(budgets, key=lambda budget: budget.num_blocks)
+
+
+def _cache_size_is_given(config: EngineConfig) -> bool:
+    return bool(config.num_gpu_blocks_override or config.kv_cache_memory_bytes)
+
+
+def _plan_stage(
+    stage: Stage, runner: ModelRunner, config: EngineConfig, most_useful: int
+) -> memory.MemoryBudget:
+    """Return a stage's account, its largest step guessed unless the cache's size is given."""
+    total, limit = memory.device_limit(stage.parts.local_device, config.gpu_memory_utilization)
+    state_bytes, block_bytes = runner.state_bytes(stage), stage.block_bytes
     step_bytes = 0  # on a CPU, programs are compiled later, and their temporaries are small
-    if config.num_gpu_blocks_override or config.kv_cache_memory_bytes or is_cpu:
+    if _cache_size_is_given(config) or stage.parts.is_on_cpu:
         default_bytes = min(memory.MAX_CPU_CACHE_BYTES, limit // 4)
         bytes_wanted = config.kv_cache_memory_bytes or default_bytes
         num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
-        memory.check_fits(limit, weight_bytes + runner.state_bytes, num_blocks * block_bytes)
+        memory.check_fits(limit, stage.weight_bytes + state_bytes, num_blocks * block_bytes)
     else:
-        num_blocks, step_bytes = _fit_blocks(
-            runner,
+        step_bytes = runner.guess_step_bytes(stage)
+        num_blocks = memory.num_blocks_that_fit(
             limit_bytes=limit,
-            weight_bytes=weight_bytes,
+            weight_bytes=stage.weight_bytes,
+            step_bytes=step_bytes,
+            state_bytes=state_bytes,
             block_bytes=block_bytes,
-            most_useful=most_useful,
-            compile_all=limits.compiles_at_start,
-            show_progress=not config.disable_log_stats,
         )
     return memory.MemoryBudget(
         total_bytes=total,
         limit_bytes=limit,
-        weight_bytes=weight_bytes,
+        weight_bytes=stage.weight_bytes,
         step_bytes=step_bytes,
-        state_bytes=runner.state_bytes,
+        state_bytes=state_bytes,
         block_bytes=block_bytes,
-        num_blocks=num_blocks,
+        num_blocks=min(num_blocks, most_useful) if step_bytes else num_blocks,
         block_size=config.block_size,
     )
 
 
-def _fit_blocks(
-    runner: ModelRunner,
-    *,
-    limit_bytes: int,
-    weight_bytes: int,
-    block_bytes: int,
-    most_useful: int,
-    compile_all: bool,
-    show_progress: bool,
-) -> tuple[int, int]:
-    """Return how many KV blocks fit, and the bytes of the largest step.
+def _measure_stage(
+    stage: Stage, runner: ModelRunner, guessed: memory.MemoryBudget, most_useful: int
+) -> memory.MemoryBudget:
+    """Return a stage's exact account.
 
-    The cache's size is part of the compiled programs, and what they need decides it. So they are
-    compiled for a guess, which stays if it fits and wastes little.
+    The cache's size is part of the compiled programs, and what they need decides it. So they have
+    been compiled for a guess, which stays if it fits and wastes little.
     """
-
-    def fit(step_bytes: int) -> int:
-        blocks = memory.num_blocks_that_fit(
-            limit_bytes=limit_bytes,
-            weight_bytes=weight_bytes,
-            step_bytes=step_bytes,
-            state_bytes=runner.state_bytes,
-            block_bytes=block_bytes,
-        )
-        return min(blocks, most_useful)
-
-    guess = fit(runner.guess_step_bytes())
-    if compile_all:  # the largest program beside all others, rather than before them
-        runner.compile_all(guess, show_progress=show_progress)
-    step_bytes = runner.measure(guess)
-    exact = fit(step_bytes)
-    return (guess if exact * 0.97 <= guess <= exact else exact), step_bytes
+    step_bytes = runner.measure(stage)
+    exact = memory.num_blocks_that_fit(
+        limit_bytes=guessed.limit_bytes,
+        weight_bytes=guessed.weight_bytes,
+        step_bytes=step_bytes,
+        state_bytes=guessed.state_bytes,
+        block_bytes=guessed.block_bytes,
+    )
+    exact = min(exact, most_useful)
+    keeps_guess = exact * 0.97 <= stage.num_blocks <= exact
+    return dataclasses.replace(
+        guessed, step_bytes=step_bytes, num_blocks=stage.num_blocks if keeps_guess else exact
+    )

@@ -1,42 +1,72 @@
-"""ModelRunner: owns weights, KV cache and the compiled steps; turns a SchedulerOutput into tokens.
+"""ModelRunner: turns a SchedulerOutput into device programs, stage by stage, and these into tokens.
 
-It never waits for the device: ``execute`` returns a PendingStep whose tokens are read later.
+It never waits for the devices: ``execute`` returns a PendingStep whose tokens are read later.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import os
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxengine.batch import StepShape
-from jaxengine.engine.batch_builder import BatchBuilder, TableUpdates
+from jaxengine.engine.batch_builder import BatchBuilder
 from jaxengine.engine.buckets import Buckets
-from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.logprobs import TokenLogprobs
-from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored
+from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored, scoring_inputs
 from jaxengine.engine.sampler import SamplerOutput
 from jaxengine.engine.sampler_programs import SamplerPrograms
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
-from jaxengine.engine.step import (
-    apply_table_updates,
-    compiler_options,
-    make_forward,
-    make_prompt_scorer,
-)
-from jaxengine.sharding import replicated
-from jaxengine.weights import Params, ParamSpec
+from jaxengine.engine.stage import Stage
+from jaxengine.engine.stage_link import StageLink
+from jaxengine.engine.step import make_prompt_scorer, store_tokens
+from jaxengine.engine.step_inputs import StepInputs
+from jaxengine.weights import Params
 
-TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
+
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    """A dispatched step's results, still on the device.
+
+    Attributes:
+        sampled: Token ids [B] (and logprobs) of the padded rows.
+        prompt_scores: Logprobs of the packed tokens' successors; None if no prompt is scored.
+    """
+
+    sampled: SamplerOutput
+    prompt_scores: TokenLogprobs | None
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _wait(array: jax.Array) -> None:
+    array.block_until_ready()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerHooks:
+    """Where another module can take part: several hosts run one model in step.
+
+    Attributes:
+        on_dispatch: Called with every step's inputs before it is dispatched.
+        on_restore: Called before the device-side state is made anew.
+        wait: Returns when an array is there, or raises if it will never be.
+        agree_on_blocks: Maps the KV blocks that this process has room for to those of all.
+    """
+
+    on_dispatch: Callable[[StepInputs], None] = _nothing
+    on_restore: Callable[[], None] = _nothing
+    wait: Callable[[jax.Array], None] = _wait
+    agree_on_blocks: Callable[[int], int] = int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +76,17 @@ class PendingStep:
     Attributes:
         sampled: Token ids [B] (and logprobs) of the padded rows.
         prompt_scores: Logprobs of prompt tokens; None if no row wants any.
+        wait: Returns when an array is there, or raises if it will never be.
     """
 
     scheduler_output: SchedulerOutput
     sampled: SamplerOutput
     prompt_scores: PromptScores | None
+    wait: Callable[[jax.Array], None] = _wait
 
     def token_ids(self) -> np.ndarray:
         """Wait for the step and return the token ids of its real rows."""
+        self.wait(self.sampled.token_ids)
         return np.asarray(self.sampled.token_ids)[: len(self.scheduler_output.rows)]
 
     def logprobs(self) -> TokenLogprobs | None:
@@ -61,118 +94,109 @@ class PendingStep:
         return jax.tree.map(np.asarray, self.sampled.logprobs)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelParts:
-    """A model taken apart: how to build it, what it holds, where it lives.
-
-    Attributes:
-        definition: From ``param_specs``.
-        specs: Its parameters.
-        mesh: The devices of its shards.
-        vocab_size: V.
-        activation_size: Numbers a token needs at the widest place of a layer, about.
-    """
-
-    definition: Any
-    specs: dict[str, ParamSpec]
-    mesh: Mesh
-    vocab_size: int
-    activation_size: int
-
-
 class ModelRunner:
-    """Runs steps on one tensor-parallel group.
+    """Runs steps through the pipeline stages of one model.
 
     Args:
-        parts: The model.
-        cache_spec: Shape of its KV cache.
+        stages: In the order of the layers. Each works on another step at the same time.
         buckets: The padded step sizes.
+        vocab_size: V.
+        activation_size: Numbers a token needs at the widest place of a layer, about.
         max_num_seqs: Slots of device-side state.
-        max_blocks_per_seq: Width of the block tables.
+        max_in_flight: Most steps dispatched before the first one's tokens are read.
+        hooks: For what drives the runners of other hosts.
     """
 
     def __init__(
         self,
-        parts: ModelParts,
+        stages: Sequence[Stage],
         *,
-        cache_spec: KVCacheSpec,
         buckets: Buckets,
+        vocab_size: int,
+        activation_size: int,
         max_num_seqs: int,
-        max_blocks_per_seq: int,
+        max_in_flight: int,
+        hooks: RunnerHooks,
     ) -> None:
-        self._parts = parts
-        self._cache_spec = cache_spec
+        self.stages = list(stages)
+        self.max_in_flight = max_in_flight
+        self._hooks = hooks
+        # Brings each stage the output of the one before; the first, the tokens of the last.
+        self._links = [
+            StageLink(self.stages[number - 1].parts.mesh, stage.parts.mesh)
+            for number, stage in enumerate(self.stages)
+        ]
         self._buckets = buckets
         self._builder = BatchBuilder(max_num_seqs)
+        self._vocab_size = vocab_size
+        self._activation_size = activation_size
         self._max_num_seqs = max_num_seqs
-        self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
-        self._programs: dict[tuple[StepShape, bool], Callable] = {}
-        self._prompt_scorer = PromptScorer(
-            functools.partial(
-                make_prompt_scorer,
-                definition=parts.definition,
-                specs=parts.specs,
-                mesh=parts.mesh,
-            )
-        )
-        self._params: Params = {}
-        self._num_blocks = 0
+        last = self.stages[-1]
+        self._prompt_scorer = PromptScorer(functools.partial(make_prompt_scorer, parts=last.parts))
         self._samplers = SamplerPrograms(
-            parts.mesh,
-            vocab_size=parts.vocab_size,
+            last.parts.mesh,
+            vocab_size=vocab_size,
             max_num_seqs=max_num_seqs,
-            dtype=cache_spec.dtype,
+            dtype=last.cache_spec.dtype,
         )
-        self.sampling_state = SamplingState(max_num_seqs, parts.vocab_size)
-        self.compile_seconds: dict[StepShape, float] = {}
+        self.sampling_state = SamplingState(max_num_seqs, vocab_size)
+        # Steps whose tokens the last stage has and the first one has not: targets and token ids.
+        # Of more than max_in_flight steps the host knows the tokens and sends them.
+        self._unstored = _recent(max_in_flight)
+        self._unstored_slots = _recent(max_in_flight)  # the same on the scheduling side
+
+    @property
+    def compile_seconds(self) -> dict[StepShape, float]:
+        """Seconds that each shape's programs took, over all stages."""
+        seconds: collections.Counter[StepShape] = collections.Counter()
+        for stage in self.stages:
+            seconds.update(stage.compile_seconds)
+        return dict(seconds)
 
     @property
     def largest_shape(self) -> StepShape:
         """The step that needs most memory."""
         return self._buckets.all_shapes()[0]
 
-    @property
-    def state_bytes(self) -> int:
-        """Block tables, and the logits of two steps in flight, in bytes on one device."""
-        table = 4 * self._table_shape[0] * self._table_shape[1]
-        itemsize = jnp.dtype(self._cache_spec.dtype).itemsize
-        return 2 * table + 2 * self._max_num_seqs * self._parts.vocab_size * itemsize
+    def state_bytes(self, stage: Stage) -> int:
+        """Block tables, and after the last stage the logits of two steps, in bytes on a device."""
+        if not stage.parts.is_last:
+            return stage.table_bytes
+        itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
+        return stage.table_bytes + 2 * self._max_num_seqs * self._vocab_size * itemsize
 
-    def guess_step_bytes(self) -> int:
+    def guess_step_bytes(self, stage: Stage) -> int:
         """Roughly what ``measure`` will say, from the sizes of a decoder's widest activations."""
-        shape, parts = self.largest_shape, self._parts
-        itemsize = jnp.dtype(self._cache_spec.dtype).itemsize
-        widest = parts.activation_size // parts.mesh.size
-        sampler = 5 * 4 * shape.num_rows * parts.vocab_size
-        return max(shape.num_tokens * itemsize * widest, sampler)
+        shape = self.largest_shape
+        itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
+        activations = shape.num_tokens * itemsize * self._activation_size // stage.parts.mesh.size
+        sampler = 5 * 4 * shape.num_rows * self._vocab_size if stage.parts.is_last else 0
+        return max(activations, sampler)
 
-    def measure(self, num_blocks: int) -> int:
-        """Compile the largest programs for a cache of ``num_blocks``.
+    def measure(self, stage: Stage) -> int:
+        """Return what a stage's largest program needs, in bytes on one device."""
+        needed = stage.step_bytes(self.largest_shape)
+        if stage.parts.is_last:
+            needed = max(needed, self._samplers.temp_bytes(self.largest_shape.num_rows))
+        return needed
 
-        Returns:
-            The temporaries of the one that needs most, in bytes on one device.
-        """
-        self._set_num_blocks(num_blocks)
-        forward = self.program(self.largest_shape).memory_analysis()
-        outputs = forward.output_size_in_bytes - forward.alias_size_in_bytes
-        sampler = self._samplers.temp_bytes(self.largest_shape.num_rows)
-        return max(forward.temp_size_in_bytes + max(outputs, 0), sampler)
+    def set_num_blocks(self, num_blocks: int) -> None:
+        """Decide the size of the KV cache; programs compiled for another one are dropped."""
+        for stage in self.stages:
+            stage.set_num_blocks(num_blocks)
 
-    def compile_all(self, num_blocks: int, *, show_progress: bool) -> None:
+    def compile_all(self, *, show_progress: bool) -> None:
         """Compile every step shape, several at a time, so that none compiles during a run.
 
         Before ``start``: XLA tries out matrix products while there is memory for it.
         """
-        self._set_num_blocks(num_blocks)
-        shapes = [s for s in self._buckets.all_shapes() if (s, False) not in self._programs]
-        if not shapes:
-            return
+        programs = [(stage, shape) for shape in self._buckets.all_shapes() for stage in self.stages]
         max_workers = max(1, (os.cpu_count() or 2) - 1)
         with (
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
-            tqdm(total=len(shapes), desc="Compiling steps", disable=not show_progress) as bar,
+            tqdm(total=len(programs), desc="Compiling steps", disable=not show_progress) as bar,
         ):
-            for _ in pool.map(self.program, shapes):
+            for _ in pool.map(lambda program: program[0].program(program[1]), programs):
                 bar.update()
 
     def warm_up_samplers(self) -> None:
@@ -180,29 +204,34 @@ class ModelRunner:
         row_counts = sorted({shape.num_rows for shape in self._buckets.all_shapes()})
         self._samplers.warm_up_in_background(row_counts)
 
-    def start(self, params: Params, num_blocks: int) -> None:
-        """Take the weights and allocate the KV cache and the device-side state."""
-        self._set_num_blocks(num_blocks)
-        self._params = params
-        self._allocate_state()
+    def start(self, params: Sequence[Params]) -> None:
+        """Take each stage's weights and allocate the KV cache and the device-side state."""
+        for stage, own in zip(self.stages, params, strict=True):
+            stage.start(own)
 
     def restore_state(self) -> None:
         """Make the device-side state anew if a step that failed has taken it along.
 
         Only when no request runs: what the KV cache held is lost.
         """
-        state = (self._caches, self._tables, self._last_tokens)
-        if any(array.is_deleted() for array in jax.tree.leaves(state)):
-            self._allocate_state()
-
-    def _allocate_state(self) -> None:
-        mesh = self._parts.mesh
-        self._caches = self._cache_spec.allocate(self._num_blocks, mesh)
-        self._tables = jax.device_put(np.zeros(self._table_shape, np.int32), replicated(mesh))
-        self._last_tokens = jax.device_put(np.zeros(self._max_num_seqs, np.int32), replicated(mesh))
+        self._hooks.on_restore()
+        self._unstored.clear()
+        self._unstored_slots.clear()
+        for stage in self.stages:
+            stage.restore_state()
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Dispatch a step; returns at once."""
+        inputs = self.prepare(step)
+        self._hooks.on_dispatch(inputs)
+        outputs = self.dispatch(inputs)
+        scores = None
+        if outputs.prompt_scores is not None:
+            scores = PromptScores.of(step, outputs.prompt_scores)
+        return PendingStep(step, outputs.sampled, scores, self._hooks.wait)
+
+    def prepare(self, step: SchedulerOutput) -> StepInputs:
+        """Translate what was scheduled; to be called once a step, in order."""
         for request in step.admitted:
             self.sampling_state.set_slot(
                 request.slot,
@@ -212,68 +241,90 @@ class ModelRunner:
                 request.stop_token_ids,
             )
         shape = self._buckets.choose(step.num_scheduled_tokens, len(step.rows))
-        variant, layout, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
+        variant, _, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
         packed, overflow = self._builder.build(step, shape, is_greedy=variant == GREEDY)
-        if overflow is not None:
-            self._apply_overflow(overflow)
+        targets = np.full(shape.num_rows, self._max_num_seqs, np.int32)
+        for index, row in enumerate(step.rows):
+            if row.samples_token:
+                targets[index] = row.request.slot
         scores_prompts = any(map(is_scored, step.rows))
-        forward = self.program(shape, scores_prompts)
-        self._caches, self._tables, self._last_tokens, token_ids, logits, *hidden = forward(
-            self._params, self._caches, self._tables, self._last_tokens, packed
+        return StepInputs(
+            shape=shape,
+            packed=packed,
+            table_updates=overflow,
+            variant=variant,
+            sampling=sampling,
+            scoring=scoring_inputs(step, shape.num_tokens) if scores_prompts else None,
+            token_targets=targets,
+            num_token_stores=self._count_token_stores(step, targets),
         )
-        sampled = SamplerOutput(token_ids, None)
-        if variant != GREEDY:
-            self._last_tokens, sampled = self._samplers.sample(
-                logits, sampling, self._last_tokens, variant=variant, layout=layout
+
+    def _count_token_stores(self, step: SchedulerOutput, targets: np.ndarray) -> int:
+        """How many of the unstored steps this one needs: up to the last that sampled for it."""
+        if len(self.stages) == 1:
+            return 0
+        read = {row.request.slot for row in step.rows if row.is_token_on_device}
+        unstored = self._unstored_slots
+        needed = [i + 1 for i, slots in enumerate(unstored) if not read.isdisjoint(slots)]
+        count = max(needed, default=0)
+        for _ in range(count):
+            unstored.popleft()
+        unstored.append(set(targets.tolist()))
+        return count
+
+    def dispatch(self, inputs: StepInputs) -> StepOutputs:
+        """Launch a step's programs; returns at once."""
+        shape, is_scored = inputs.shape, inputs.scoring is not None
+        self._store_tokens(inputs.num_token_stores)
+        hidden: jax.Array | None = None
+        for stage, link in zip(self.stages, self._links, strict=True):
+            if inputs.table_updates is not None:
+                stage.apply_overflow(inputs.table_updates)
+            if hidden is not None:
+                hidden = link(hidden)
+            outputs = stage.run(
+                shape,
+                inputs.packed,
+                hidden,
+                returns_hidden=is_scored and stage.parts.is_last,
             )
+            hidden = outputs[0]
+        sampled = self._sample(inputs, *outputs[:2])
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        scores = self._prompt_scorer.score(step, self._params, *hidden) if scores_prompts else None
-        return PendingStep(step, sampled, scores)
+        if len(self.stages) > 1:
+            self._unstored.append((inputs.token_targets, sampled.token_ids))
+        scores = None
+        if inputs.scoring is not None:
+            last = self.stages[-1]
+            scores = self._prompt_scorer.score(inputs.scoring, last.params, outputs[2])
+        return StepOutputs(sampled, scores)
 
-    def _apply_overflow(self, updates: TableUpdates) -> None:
-        for start in range(0, updates.shape[1], TABLE_UPDATE_SIZE):
-            part = updates[:, start : start + TABLE_UPDATE_SIZE]
-            padding = TABLE_UPDATE_SIZE - part.shape[1]
-            rows_past_the_end = [[self._table_shape[0]], [0], [0]]
-            part = np.concatenate([part, np.repeat(rows_past_the_end, padding, axis=1)], axis=1)
-            self._tables = apply_table_updates(self._tables, part.astype(np.int32))
-
-    def _set_num_blocks(self, num_blocks: int) -> None:
-        if num_blocks != self._num_blocks:
-            self._programs.clear()  # the cache's shape is part of every program
-            self._num_blocks = num_blocks
-
-    def program(self, shape: StepShape, returns_hidden: bool = False) -> Any:
-        """Return the compiled forward step of a shape; compiles it the first time."""
-        key = (shape, returns_hidden)
-        if key not in self._programs:
-            started = time.perf_counter()
-            self._programs[key] = self._compile(shape, returns_hidden)
-            self.compile_seconds[shape] = time.perf_counter() - started
-        return self._programs[key]
-
-    def _compile(self, shape: StepShape, returns_hidden: bool) -> Any:
-        mesh, specs = self._parts.mesh, self._parts.specs
-        forward = make_forward(
-            shape,
-            definition=self._parts.definition,
-            specs=specs,
-            mesh=mesh,
-            block_size=self._cache_spec.block_size,
-            num_layers=self._cache_spec.num_layers,
-            returns_hidden=returns_hidden,
+    def _sample(self, inputs: StepInputs, token_ids: jax.Array, logits: jax.Array) -> SamplerOutput:
+        if inputs.variant == GREEDY:
+            return SamplerOutput(token_ids, None)
+        last = self.stages[-1]
+        last.last_tokens, sampled = self._samplers.sample(
+            logits, inputs.sampling, last.last_tokens, variant=inputs.variant
         )
+        return sampled
 
-        def ints(*dims: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))
+    def _store_tokens(self, count: int) -> None:
+        """Bring sampled tokens from the last stage to the first.
 
-        lowered = forward.lower(
-            {path: spec.abstract(mesh) for path, spec in specs.items()},
-            self._cache_spec.abstract(self._num_blocks, mesh),
-            ints(*self._table_shape),
-            ints(self._max_num_seqs),
-            ints(shape.packed_size),
-        )
-        platform = mesh.devices.flat[0].platform
-        return lowered.compile(compiler_options=compiler_options(shape, platform))
+        As late as possible: the first stage's devices wait here for the last stage, so only a
+        step that needs the tokens may do it.
+        """
+        first = self.stages[0]
+        for _ in range(count):
+            targets, token_ids = self._unstored.popleft()
+            token_ids = self._links[0](token_ids)
+            first.last_tokens = store_tokens(first.last_tokens, targets, token_ids)
+
+    def program(self, shape: StepShape) -> jax.stages.Compiled:
+        """Return the compiled forward step of a shape through the first stage."""
+        return self.stages[0].program(shape)
+
+
+def _recent(max_in_flight: int) -> collections.deque:
+    return collections.deque(maxlen=max_in_flight)

@@ -5,7 +5,7 @@ step has them, so chunked prefill needs no special case.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jaxengine.engine.logprobs import TokenLogprobs
 from jaxengine.engine.sampling_inputs import LOGPROB_BUCKETS
 from jaxengine.engine.scheduler_output import ScheduledRow, SchedulerOutput
+from jaxengine.engine.step_inputs import ScoringInputs
 
 WHOLE_VOCABULARY = -1
 
@@ -40,6 +41,11 @@ class PromptScores:
     arrays: TokenLogprobs
     chunks: list[PromptChunk]
 
+    @classmethod
+    def of(cls, step: SchedulerOutput, arrays: TokenLogprobs) -> "PromptScores":
+        """Say whose the scores of a step's packed tokens are."""
+        return cls(arrays, [chunk for chunk, _ in _chunks(step)])
+
     def on_host(self) -> list[tuple[PromptChunk, TokenLogprobs]]:
         """Wait for the arrays; return each chunk with its part of them."""
         arrays = jax.tree.map(np.asarray, self.arrays)
@@ -60,21 +66,28 @@ class PromptScorer:
         self._make_program = make_program
         self._programs: dict[int, Callable] = {}
 
-    def score(self, step: SchedulerOutput, params: Any, hidden: jax.Array) -> PromptScores:
-        """Dispatch the scoring of every prompt token in the step.
+    def score(self, inputs: ScoringInputs, params: Any, hidden: jax.Array) -> TokenLogprobs:
+        """Dispatch the scoring of a step's packed tokens.
 
         Args:
-            step: What the step computes.
-            params: The model's parameters.
+            inputs: From ``scoring_inputs``.
+            params: The last stage's parameters.
             hidden: [T, D] output of the last layer.
         """
-        wanted = [r.request.sampling_params.prompt_logprobs for r in step.rows if is_scored(r)]
-        count = _bucket([number for number in wanted if number is not None])
-        next_ids, chunks = _targets(step, hidden.shape[0])
-        program = self._programs.get(count)
+        program = self._programs.get(inputs.num_logprobs)
         if program is None:
-            program = self._programs[count] = self._make_program(count)
-        return PromptScores(program(params, hidden, next_ids), chunks)
+            program = self._make_program(inputs.num_logprobs)
+            self._programs[inputs.num_logprobs] = program
+        return program(params, hidden, inputs.next_ids)
+
+
+def scoring_inputs(step: SchedulerOutput, num_tokens: int) -> ScoringInputs:
+    """Collect what scores every prompt token in a step of ``num_tokens`` padded tokens."""
+    wanted = [r.request.sampling_params.prompt_logprobs for r in step.rows if is_scored(r)]
+    next_ids = np.zeros(num_tokens, np.int32)
+    for chunk, ids in _chunks(step):
+        next_ids[chunk.tokens] = ids
+    return ScoringInputs(_bucket([number for number in wanted if number is not None]), next_ids)
 
 
 def is_scored(row: ScheduledRow) -> bool:
@@ -93,15 +106,13 @@ def _bucket(wanted: list[int]) -> int:
     return next((size for size in LOGPROB_BUCKETS if size >= most), most)
 
 
-def _targets(step: SchedulerOutput, num_tokens: int) -> tuple[np.ndarray, list[PromptChunk]]:
-    next_ids = np.zeros(num_tokens, np.int32)
-    chunks, first = [], 0
+def _chunks(step: SchedulerOutput) -> Iterator[tuple[PromptChunk, list[int]]]:
+    """Each scored part of a prompt, and the tokens behind its tokens."""
+    first = 0
     for row in step.rows:
         if is_scored(row):
             start = row.num_computed_tokens + 1
             ids = row.request.prompt_token_ids[start : start + row.num_scheduled_tokens]
             tokens = slice(first, first + len(ids))
-            next_ids[tokens] = ids
-            chunks.append(PromptChunk(row.request.request_id, start, tokens))
+            yield PromptChunk(row.request.request_id, start, tokens), ids
         first += row.num_scheduled_tokens
-    return next_ids, chunks

@@ -78,6 +78,7 @@ class Request:
     num_output_placeholders: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)  # prompt tokens found in the cache
     num_preemptions: int = field(default=0, init=False)
+    last_sampling_step: int = field(default=-1, init=False)  # kept with pipeline stages only
 
     slot: int = field(default=NO_SLOT, init=False)  # row of the device-side state
     block_ids: list[int] = field(default_factory=list, init=False)

@@ -54,12 +54,11 @@ class SamplerPrograms:
             for variant in COMMON_VARIANTS:
                 if not threading.main_thread().is_alive():
                     return
-                self._program(variant, PackedLayout.of(variant, num_rows), num_rows)
+                self._program(variant, num_rows)
 
     def temp_bytes(self, num_rows: int) -> int:
         """Temporaries of the largest sampler, as XLA reports them."""
-        layout = PackedLayout.of(LARGEST_VARIANT, num_rows)
-        analysis = self._compile(LARGEST_VARIANT, layout, num_rows).memory_analysis()
+        analysis = self._compile(LARGEST_VARIANT, num_rows).memory_analysis()
         return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 
     def sample(
@@ -69,26 +68,22 @@ class SamplerPrograms:
         last_tokens: jax.Array,
         *,
         variant: SamplerVariant,
-        layout: PackedLayout,
     ) -> tuple[jax.Array, SamplerOutput]:
         """Dispatch the sampler of a batch; ``last_tokens`` is donated."""
         program = self._programs.get((variant, logits.shape[0]))
         if program is None:
             logger.debug("compiling a sampler of %d rows for %s", logits.shape[0], variant)
-            program = self._program(variant, layout, logits.shape[0])
+            program = self._program(variant, logits.shape[0])
         return program(logits, packed, last_tokens)
 
-    def _program(
-        self, variant: SamplerVariant, layout: PackedLayout, num_rows: int
-    ) -> jax.stages.Compiled:
+    def _program(self, variant: SamplerVariant, num_rows: int) -> jax.stages.Compiled:
         key = (variant, num_rows)
         if key not in self._programs:
-            self._programs[key] = self._compile(variant, layout, num_rows)
+            self._programs[key] = self._compile(variant, num_rows)
         return self._programs[key]
 
-    def _compile(
-        self, variant: SamplerVariant, layout: PackedLayout, num_rows: int
-    ) -> jax.stages.Compiled:
+    def _compile(self, variant: SamplerVariant, num_rows: int) -> jax.stages.Compiled:
+        layout = PackedLayout.of(variant, num_rows)
         sharding = replicated(self._mesh)
         logits = (num_rows, self._vocab_size)
         lowered = sample_packed.lower(

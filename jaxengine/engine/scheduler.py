@@ -67,6 +67,9 @@ class Scheduler:
             others, so that these can grow; at least one block a running request.
         max_in_flight: How many steps may be scheduled whose results are not known; 1 is
             synchronous.
+        num_stages: Pipeline stages. With several, the requests that decode take turns in as many
+            groups of about the same size: a request whose token is still in the pipeline rests, so
+            that the stages work at the same time.
         sliding_window: Window of every layer; None if any layer sees all tokens.
 
     Raises:
@@ -85,6 +88,7 @@ class Scheduler:
         policy: str = "fcfs",
         watermark: float = 0.01,
         max_in_flight: int = 2,
+        num_stages: int = 1,
         sliding_window: int | None = None,
     ) -> None:
         _require_at_least_one(
@@ -92,6 +96,7 @@ class Scheduler:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             max_in_flight=max_in_flight,
+            num_stages=num_stages,
             sliding_window=1 if sliding_window is None else sliding_window,
         )
         if policy not in POLICIES:
@@ -116,6 +121,7 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.policy = policy
         self.max_in_flight = max_in_flight
+        self.num_stages = num_stages
         self._max_chunk_tokens = max_num_batched_tokens
         if enable_chunked_prefill and long_prefill_token_threshold:
             self._max_chunk_tokens = min(long_prefill_token_threshold, max_num_batched_tokens)
@@ -229,6 +235,9 @@ class Scheduler:
         self._schedule_running(step)
         if not step.is_out_of_blocks:
             self._schedule_waiting(step)
+        if step.is_empty and self.num_stages > 1:
+            # Better a step that waits in the pipeline than one that waits for the host as well.
+            self._schedule_running(step, wakes_resting=True)
         if step.is_empty:
             return None
         return self._close_step(step)
@@ -301,17 +310,28 @@ class Scheduler:
         num_unused = sum(len(r.block_ids) * block_size - r.num_computed_tokens for r in running)
         assert num_unused == self._blocks.num_unused_slots, "unused slots miscounted"
 
-    def _schedule_running(self, step: StepBuilder) -> None:
+    def _schedule_running(self, step: StepBuilder, wakes_resting: bool = False) -> None:
+        most_decode_rows = -(-len(self._running) // self.num_stages)
         for request in self._running:  # may lose requests from its end while we go
             num_tokens = request.num_tokens_with_placeholders
             if num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
+            if self._rests(request) and not wakes_resting:
+                continue
+            is_decode = num_tokens - request.num_computed_tokens == 1
+            if is_decode and step.num_decode_rows == most_decode_rows:
+                continue  # the next group
             num_new = self._chunk(num_tokens - request.num_computed_tokens, step.budget)
             if num_new == 0:
                 break
             if not self._make_room(request, num_new, step):
                 break
             self._add_row(request, num_new, step)
+
+    def _rests(self, request: Request) -> bool:
+        """Whether the request's newest token comes from a step that may not be through yet."""
+        first_in_pipeline = self._num_scheduled_steps - self.num_stages + 1
+        return request.last_sampling_step >= max(first_in_pipeline, self._num_updated_steps)
 
     def _schedule_waiting(self, step: StepBuilder) -> None:
         while len(self._waiting) and self._free_slots and step.budget:
@@ -399,8 +419,12 @@ class Scheduler:
     def _close_step(self, step: StepBuilder) -> SchedulerOutput:
         self._unused_slot_steps += self._blocks.num_unused_slots
         self._held_slot_steps += self.block_pool.num_held_blocks * self.block_pool.block_size
+        scheduled = step.build(self._num_scheduled_steps)
         self._num_scheduled_steps += 1
-        return step.build(self._num_scheduled_steps - 1)
+        for row in scheduled.rows if self.num_stages > 1 else ():
+            if row.samples_token:
+                row.request.last_sampling_step = scheduled.step_id
+        return scheduled
 
     def _append_token(
         self, request: Request, token_id: int

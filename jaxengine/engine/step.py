@@ -1,9 +1,10 @@
-"""The jitted programs of a step: forward with greedy sampling, prompt scores, table updates.
+"""The jitted programs of a step: a stage's forward, prompt scores, updates of tables and tokens.
 
 Each is a pure function of device arrays and one packed vector from the host. Caches, tables and
 last tokens are donated: they are updated in place.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,22 +25,49 @@ from jaxengine.weights import ParamSpec, merge_params
 TRITON_GEMM_MAX_TOKENS = 32
 
 
-def make_forward(
-    shape: StepShape,
-    *,
-    definition: Any,
-    specs: dict[str, ParamSpec],
-    mesh: Mesh,
-    block_size: int,
-    num_layers: int,
-    returns_hidden: bool = False,
-) -> Any:
-    """Return the jitted forward step of one shape.
+@dataclasses.dataclass(frozen=True)
+class StageParts:
+    """A pipeline stage's share of a model, taken apart. A model of one stage is both ends.
 
-    It maps (params, caches, tables, last_tokens, packed) to (caches, tables, last_tokens,
-    token_ids [B], logits [B, V]) and, with ``returns_hidden``, the last layer's output [T, D].
-    The token ids are the greedy ones, and ``last_tokens`` takes them over if the step is greedy:
-    one program a step in the most common case.
+    Attributes:
+        definition: From ``param_specs``.
+        specs: Its parameters.
+        mesh: The devices of its shards.
+        layers: The layers it holds.
+        is_first: Whether it starts from token ids.
+        is_last: Whether it ends with logits.
+    """
+
+    definition: Any
+    specs: dict[str, ParamSpec]
+    mesh: Mesh
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+    @property
+    def local_device(self) -> jax.Device:
+        """One of its devices that this process can ask about; another host's are taken as alike."""
+        here = jax.process_index()
+        own = [device for device in self.mesh.devices.flat if device.process_index == here]
+        return (own or jax.local_devices())[0]
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its devices are CPUs."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+
+def make_forward(
+    shape: StepShape, *, parts: StageParts, block_size: int, returns_hidden: bool = False
+) -> Any:
+    """Return the jitted forward step of one shape through one stage.
+
+    It maps (params, caches, tables, last_tokens, packed) and, but for the first stage, the output
+    [T, D] of the stage before, to (caches, tables, last_tokens) and what the next one needs: the
+    output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] and, with
+    ``returns_hidden``, that output too. The token ids are the greedy ones, and ``last_tokens``
+    takes them over if the step is greedy: one program a step in the most common case.
     """
 
     def forward(
@@ -48,52 +76,62 @@ def make_forward(
         tables: Int[Array, "S W"],
         last_tokens: Int[Array, " S"],
         packed: Int[Array, " P"],
+        *incoming: Float[Array, "T D"],
     ) -> tuple:
-        parts = split_packed(shape, packed)
+        inputs = split_packed(shape, packed)
         tables = update_tables(
-            tables, parts["table_rows"], parts["table_columns"], parts["table_blocks"]
+            tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
         )
-        batch = build_input_batch(shape, parts, tables, last_tokens, block_size)
-        model = merge_params(definition, params)
-        hidden, caches = model(batch, caches)
+        batch = build_input_batch(shape, inputs, tables, last_tokens, block_size)
+        model = merge_params(parts.definition, params)
+        hidden, caches = model(batch, caches, *incoming)
+        if not parts.is_last:
+            return caches, tables, last_tokens, hidden
         chosen = hidden if shape.decode_only else hidden[batch.logits_indices]
         logits = model.compute_logits(chosen)
         token_ids = argmax(logits)
         never = last_tokens.shape[0]  # past the end: not stored
-        is_stored = (parts["samples_token"] > 0) & (parts["is_greedy"][0] > 0)
-        targets = jnp.where(is_stored, parts["slots"], never)
+        is_stored = (inputs["samples_token"] > 0) & (inputs["is_greedy"][0] > 0)
+        targets = jnp.where(is_stored, inputs["slots"], never)
         last_tokens = last_tokens.at[targets].set(token_ids, mode="drop")
         outputs = (caches, tables, last_tokens, token_ids, logits)
         return (*outputs, hidden) if returns_hidden else outputs
 
-    param_specs = {path: spec.spec for path, spec in specs.items()}
-    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * num_layers
-    outputs = (cache_specs, P(), P(), P(), P(), *([P()] if returns_hidden else []))
+    param_specs = {path: spec.spec for path, spec in parts.specs.items()}
+    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(parts.layers)
+    num_outputs = 2 + returns_hidden if parts.is_last else 1
     sharded = jax.shard_map(
         forward,
-        mesh=mesh,
-        in_specs=(param_specs, cache_specs, P(), P(), P()),
-        out_specs=outputs,
+        mesh=parts.mesh,
+        in_specs=(param_specs, cache_specs, P(), P(), P(), *([] if parts.is_first else [P()])),
+        out_specs=(cache_specs, P(), P(), *[P()] * num_outputs),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )
     return jax.jit(sharded, donate_argnums=(1, 2, 3))
 
 
-def make_prompt_scorer(
-    num_logprobs: int, *, definition: Any, specs: dict[str, ParamSpec], mesh: Mesh
-) -> Callable:
-    """Return a jitted function that scores prompts: (params, hidden [T, D], next ids [T])."""
+def make_prompt_scorer(num_logprobs: int, *, parts: StageParts) -> Callable:
+    """Return a jitted function that scores prompts: (params, hidden [T, D], next ids [T]).
+
+    Args:
+        num_logprobs: How many of the most likely tokens to return.
+        parts: The last stage.
+    """
 
     def score(
         params: dict[str, jax.Array], hidden: Float[Array, "T D"], next_ids: Int[Array, " T"]
     ) -> TokenLogprobs:
-        model = merge_params(definition, params)
+        model = merge_params(parts.definition, params)
         return prompt_logprobs(hidden, next_ids, model.compute_logits, num_logprobs)
 
-    param_specs = {path: spec.spec for path, spec in specs.items()}
+    param_specs = {path: spec.spec for path, spec in parts.specs.items()}
     return jax.jit(
         jax.shard_map(
-            score, mesh=mesh, in_specs=(param_specs, P(), P()), out_specs=P(), check_vma=False
+            score,
+            mesh=parts.mesh,
+            in_specs=(param_specs, P(), P()),
+            out_specs=P(),
+            check_vma=False,
         )
     )
 
@@ -114,3 +152,11 @@ def compiler_options(shape: StepShape, platform: str) -> dict[str, bool]:
 def apply_table_updates(tables: Int[Array, "S W"], updates: Int[Array, "3 n"]) -> Int[Array, "S W"]:
     """Store block ids that did not fit into a step's packed vector."""
     return update_tables(tables, *updates)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def store_tokens(
+    last_tokens: Int[Array, " S"], targets: Int[Array, " B"], token_ids: Int[Array, " B"]
+) -> Int[Array, " S"]:
+    """Store sampled tokens by slot; a target past the end is dropped."""
+    return last_tokens.at[targets].set(token_ids, mode="drop")

@@ -26,6 +26,11 @@ class StepBuilder:
         """Whether there is nothing to compute."""
         return not self._decode_rows and not self._longer_rows
 
+    @property
+    def num_decode_rows(self) -> int:
+        """Rows of one token."""
+        return len(self._decode_rows)
+
     def add_row(self, request: Request, num_new_tokens: int) -> None:
         """Compute a request's next tokens in this step, and count them as computed."""
         num_computed = request.num_computed_tokens

@@ -16,7 +16,7 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.batch import StepShape
 from jaxengine.config import ModelConfig
 from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.step import make_forward
+from jaxengine.engine.step import StageParts, make_forward
 from jaxengine.models.decoder import DecoderLayer, ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import TENSOR_AXIS
@@ -47,8 +47,8 @@ def test_the_step_updates_the_cache_in_place(large_cache_llm: LLM, shape: StepSh
 
 
 def test_old_caches_tables_and_tokens_are_given_up(large_cache_llm: LLM) -> None:
-    runner = large_cache_llm.engine.runner
-    before = [*jax.tree.leaves(runner._caches), runner._tables, runner._last_tokens]
+    (stage,) = large_cache_llm.engine.runner.stages
+    before = [*jax.tree.leaves(stage.caches), stage.tables, stage.last_tokens]
     large_cache_llm.generate([[10, 11, 12]], greedy(2), use_tqdm=False)
     assert len(before) == 8
     assert all(array.is_deleted() for array in before)
@@ -59,9 +59,9 @@ class Transfers:
 
     def __init__(self, runner: Any, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[list[int]] = []
-        execute, program = runner.execute, runner.program
-        patch.setattr(runner, "execute", functools.partial(self._execute, execute))
-        patch.setattr(runner, "program", functools.partial(self._program, program))
+        (stage,) = runner.stages
+        patch.setattr(runner, "execute", functools.partial(self._execute, runner.execute))
+        patch.setattr(stage, "program", functools.partial(self._program, stage.program))
         sample = runner._samplers.sample
         patch.setattr(runner._samplers, "sample", self._sending(sample))
 
@@ -164,9 +164,8 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape) -> str
     )
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
-    forward = make_forward(
-        shape, definition=definition, specs=specs, mesh=H100, block_size=16, num_layers=2
-    )
+    parts = StageParts(definition, specs, H100, range(2))
+    forward = make_forward(shape, parts=parts, block_size=16)
     cache = KVCacheSpec(2, config.num_kv_heads, config.head_dim, 16, "bfloat16").shape(1000)
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     arguments = (

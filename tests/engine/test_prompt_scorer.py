@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from jaxengine.engine.logprobs import TokenLogprobs
-from jaxengine.engine.prompt_scorer import WHOLE_VOCABULARY, PromptScorer, is_scored
+from jaxengine.engine.prompt_scorer import (
+    WHOLE_VOCABULARY,
+    PromptScorer,
+    PromptScores,
+    is_scored,
+    scoring_inputs,
+)
 from tests.engine.helpers import add, make_request, make_scheduler, schedule, update
 
 
@@ -28,11 +34,15 @@ class Recorder:
         return program
 
 
+def run(scorer: PromptScorer, step: Any, num_tokens: int = 8) -> TokenLogprobs:
+    return scorer.score(scoring_inputs(step, num_tokens), {}, np.zeros((num_tokens, 4)))
+
+
 def score(step: Any, num_tokens: int = 8) -> tuple[Recorder, dict[str, tuple[int, list[int]]]]:
     """Return the recorder, and request -> (first prompt index scored, packed tokens)."""
     recorder = Recorder()
-    scores = PromptScorer(recorder.make_program).score(step, {}, np.zeros((num_tokens, 4)))
-    on_host = scores.on_host()
+    arrays = run(PromptScorer(recorder.make_program), step, num_tokens)
+    on_host = PromptScores.of(step, arrays).on_host()
     return recorder, {c.request_id: (c.start, arrays.rank.tolist()) for c, arrays in on_host}
 
 
@@ -100,6 +110,6 @@ def test_a_program_is_made_once_for_each_number() -> None:
     add(scheduler, make_request("a", list(range(9)), prompt_logprobs=3))
     for _ in range(2):
         step = schedule(scheduler)
-        scorer.score(step, {}, np.zeros((8, 4)))
+        run(scorer, step)
         update(scheduler, step)
     assert recorder.counts == [5]
