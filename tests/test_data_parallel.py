@@ -21,10 +21,10 @@ from jaxengine.cli import generate_parser
 from jaxengine.config import EngineConfig
 from jaxengine.engine.block_pool import BlockPool
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.replicas import (
     Replica,
     ReplicaGroup,
-    Router,
     split_devices,
     startup_text,
     sum_stats,
@@ -232,7 +232,7 @@ def output(request_id: str, finished: bool = False) -> EngineCoreOutput:
 
 
 def test_a_request_goes_to_the_replica_with_the_fewest_unfinished_tokens() -> None:
-    router = Router(3)
+    router = ReplicaRouter(3)
     chosen = []
     for name, num_tokens in (("long", 100), ("a", 30), ("b", 10), ("c", 10), ("d", 10), ("e", 1)):
         chosen.append(router.choose())

@@ -6,7 +6,6 @@ thread, so it must never wait for one replica while another has a result or noth
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -17,8 +16,9 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.build import Startup, build_engine
 from jaxengine.engine.engine import Engine, StepResult
 from jaxengine.engine.model_runner import PendingStep
+from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.request import Request
-from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerStats
+from jaxengine.engine.scheduler_output import SchedulerStats
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.weights import Checkpoint
 
@@ -74,69 +74,6 @@ class Replica(Engine):
         self._give_up_steps()
 
 
-@dataclasses.dataclass(slots=True)
-class Placement:
-    """Where a request lives, and how many tokens it may still cost there."""
-
-    replica: int
-    num_unfinished_tokens: int
-
-
-class Router:
-    """Chooses a replica for each request: the one with the fewest unfinished tokens.
-
-    A request counts with its prompt and the output tokens that it may still sample: the blocks it
-    will hold and the steps it will take. The number of requests says less, since one of a hundred
-    thousand tokens is no equal of one of ten. The prompt counts to the end, as each step reads it.
-    """
-
-    def __init__(self, num_replicas: int) -> None:
-        self._loads = [0] * num_replicas
-        self._placements: dict[str, Placement] = {}
-
-    @property
-    def loads(self) -> list[int]:
-        """Unfinished tokens of each replica."""
-        return list(self._loads)
-
-    def find(self, request_id: str) -> int | None:
-        """Return the replica of an unfinished request; None if there is no such request."""
-        placement = self._placements.get(request_id)
-        return None if placement is None else placement.replica
-
-    def choose(self) -> int:
-        """Return the replica for the next request: the lowest number of the least loaded."""
-        return self._loads.index(min(self._loads))
-
-    def place(self, request_id: str, replica: int, num_tokens: int) -> None:
-        """Note that a replica has taken a request of at most ``num_tokens``, prompt and output."""
-        self._placements[request_id] = Placement(replica, num_tokens)
-        self._loads[replica] += num_tokens
-
-    def remove(self, request_id: str) -> int | None:
-        """Forget a request that has ended; return where it was, None if it is not known."""
-        placement = self._placements.pop(request_id, None)
-        if placement is None:
-            return None
-        self._loads[placement.replica] -= placement.num_unfinished_tokens
-        return placement.replica
-
-    def record(self, outputs: Sequence[EngineCoreOutput]) -> None:
-        """Take in the news of a step."""
-        for output in outputs:
-            if output.finish_reason is not None:
-                self.remove(output.request_id)
-                continue
-            placement = self._placements[output.request_id]
-            placement.num_unfinished_tokens -= len(output.new_token_ids)
-            self._loads[placement.replica] -= len(output.new_token_ids)
-
-    def clear(self) -> None:
-        """Forget all requests."""
-        self._placements.clear()
-        self._loads = [0] * len(self._loads)
-
-
 class ReplicaGroup:
     """Replicas of a model, used like one Engine.
 
@@ -146,7 +83,7 @@ class ReplicaGroup:
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self.replicas = tuple(replicas)
-        self._router = Router(len(replicas))
+        self._router = ReplicaRouter(len(replicas))
         # The one that was read longest ago comes first, so none is passed over for ever.
         self._reading_order = list(replicas)
 
