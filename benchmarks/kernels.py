@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.device_rates import device_rates, seconds_per_run
 from pallas_kernels.paged_attention import (
     DECODE_FUNCTIONS,
     RAGGED_FUNCTIONS,
@@ -190,32 +191,6 @@ def make_inputs(case: Case, caches: Caches, num_calls: int) -> Inputs:
     )
 
 
-def seconds_per_run(function: Callable[..., Any], *args: Any, goal_s: float = 0.03) -> float:
-    """Best of four repetitions of as many runs as take ``goal_s``; compiles and warms up first."""
-    jax.block_until_ready(function(*args))
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    runs = max(1, min(100, int(goal_s / (time.perf_counter() - start))))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        for _ in range(runs):
-            out = function(*args)
-        jax.block_until_ready(out)
-        best = min(best, (time.perf_counter() - start) / runs)
-    return best
-
-
-def device_rates(tiny: bool) -> dict[str, float]:
-    """Copy bandwidth (bytes read plus written) and bf16 product rate, in GB/s and TFLOP/s."""
-    x = jnp.zeros((1 << (22 if tiny else 30),), jnp.bfloat16)
-    copy_s = seconds_per_run(jax.jit(lambda x: x + 1), x)
-    n = 256 if tiny else 8192
-    a = jnp.full((n, n), 0.01, jnp.bfloat16)
-    dot_s = seconds_per_run(jax.jit(lambda a: a @ a), a)
-    return {"copy_gb_s": 2 * x.nbytes / copy_s / 1e9, "dot_tflop_s": 2 * n**3 / dot_s / 1e12}
-
-
 Attention = Callable[[jax.Array, Inputs, jax.Array], jax.Array]  # (q, inputs, table) -> out
 
 
@@ -332,7 +307,7 @@ class Bench:
         seconds = seconds_per_run(run, inputs) / calls
         result["us"] = round(seconds * 1e6, 1)
         result["gb_s"] = round(case.kv_bytes / seconds / 1e9, 1)
-        result["copy_share"] = round(case.kv_bytes / seconds / 1e9 / self.rates["copy_gb_s"], 3)
+        result["memory_share"] = round(result["gb_s"] / self.rates["memory_gb_s"], 3)
         result["tflop_s"] = round(case.flops / seconds / 1e12, 2)
         result["dot_share"] = round(result["tflop_s"] / self.rates["dot_tflop_s"], 3)
         if not error < ERROR_LIMIT[case.dtype]:
@@ -344,7 +319,8 @@ def line(result: dict[str, Any]) -> str:
     if "us" not in result:
         return f"{head} FAIL {result['error'][:160]}"
     numbers = (
-        f"{result['us']:9.1f} us {result['gb_s']:7.0f} GB/s {result['copy_share']:6.1%} of copy "
+        f"{result['us']:9.1f} us {result['gb_s']:7.0f} GB/s "
+        f"{result['memory_share']:6.1%} of memory "
         f"{result['tflop_s']:6.1f} TFLOP/s {result['dot_share']:6.1%} of dot "
         f"err {result['max_error']:.0e} first {result['first_call_s']:.1f} s"
     )

@@ -7,15 +7,12 @@ Prints a table, and last one JSON line a workload; ``--output`` appends those to
 """
 
 import argparse
-import datetime
-import json
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from benchmarks.records import Record, publish, run_record
 from benchmarks.workloads import WORKLOADS, prompts_of
 from jaxengine import LLM, SamplingParams
 
@@ -33,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--attention-backend")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--profile", type=Path, help="write a jax.profiler trace here")
@@ -53,6 +51,7 @@ def main() -> None:
         block_size=args.block_size,
         tensor_parallel_size=args.tensor_parallel_size,
         pipeline_parallel_size=args.pipeline_parallel_size,
+        data_parallel_size=args.data_parallel_size,
         attention_backend=args.attention_backend,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enable_prefix_caching=False,
@@ -76,14 +75,10 @@ def main() -> None:
             f"{record['total_tok_s']:11.0f}{record['kv_waste']:10.1%}  {record['all']}",
             flush=True,
         )
-    for record in records:
-        print(json.dumps(record))
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    publish(records, args.output)
 
 
-def measure(llm: LLM, name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(llm: LLM, name: str, args: argparse.Namespace) -> Record:
     """Time a workload; the first call is not counted."""
     workload = WORKLOADS[name]
     generate(llm, [(n_in, min(n_out, 4)) for n_in, n_out in workload])
@@ -93,25 +88,30 @@ def measure(llm: LLM, name: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = [generate(llm, workload) for _ in range(args.repeats)]
     outputs = sum(n for _, n in workload)
     best = min(seconds)
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "model": Path(args.model).name,
-        "dtype": llm.engine.model_config.dtype,
-        "workload": name,
+    return run_record(args.model, llm.engine.model_config.dtype, name) | {
         "seconds": round(best, 3),
         "all": [round(s, 3) for s in seconds],
         "output_tok_s": round(outputs / best, 1),
         "total_tok_s": round((outputs + sum(n for n, _ in workload)) / best, 1),
         "kv_waste": round(llm.get_metrics().kv_waste_average, 4),
         "num_preemptions": llm.get_metrics().num_preemptions,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "weight_bytes": llm.startup.budget.weight_bytes,
+        "cache_bytes": llm.startup.budget.cache_bytes,
+        "live_bytes": live_bytes_by_device(),
         "tensor_parallel_size": args.tensor_parallel_size,
         "pipeline_parallel_size": args.pipeline_parallel_size,
+        "data_parallel_size": args.data_parallel_size,
     }
+
+
+def live_bytes_by_device() -> list[int]:
+    """Bytes of all arrays that live on each device that holds any, in the devices' order."""
+    held: dict[jax.Device, int] = {}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return [held[device] for device in sorted(held, key=lambda device: device.id)]
 
 
 def generate(llm: LLM, workload: list[tuple[int, int]]) -> float:
@@ -125,13 +125,6 @@ def generate(llm: LLM, workload: list[tuple[int, int]]) -> float:
     seconds = time.perf_counter() - started
     assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in workload]
     return seconds
-
-
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
