@@ -182,6 +182,12 @@ class EngineConfig:
         tensor_parallel_size: Devices that share each layer.
         pipeline_parallel_size: Groups of devices, each of which has some of the layers.
         data_parallel_size: Replicas of the model, each on its own devices, that share the requests.
+        nnodes: Hosts whose devices one engine uses, each with a process of its own.
+        node_rank: Number of this process, 0 for the one that holds the LLM.
+        master_addr: Address of process 0, reachable from the others.
+        master_port: Its port for jax; the next one up is the engine's own.
+        distributed_executor_backend: ray starts the processes of the other hosts; None: you do.
+        distributed_timeout_seconds: How long the processes wait for each other at the start.
         enforce_eager: Compile shapes when they are first needed instead of at start.
         load_format: auto, safetensors, pt, gguf, or dummy (random weights).
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
@@ -213,6 +219,12 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29501
+    distributed_executor_backend: str | None = None
+    distributed_timeout_seconds: int = 300
     enforce_eager: bool = False
     load_format: str = "auto"
     attention_backend: str | None = None
@@ -249,10 +261,29 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
+        self._check_hosts()
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
+
+    def _check_hosts(self) -> None:
+        for name in ("nnodes", "distributed_timeout_seconds"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: a positive integer is needed")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"node_rank {self.node_rank} is not one of {self.nnodes} nodes: use 0 to "
+                f"{self.nnodes - 1}, a different one on each host, or raise nnodes"
+            )
+        if not 1 <= self.master_port <= 65534:
+            raise ValueError(
+                f"master_port is {self.master_port}: it and the next one are used, so it must lie "
+                "between 1 and 65534"
+            )
+        backends = (None, "ray")
+        _check_choice("distributed_executor_backend", self.distributed_executor_backend, backends)
 
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "converted", "dummy")
