@@ -15,7 +15,13 @@ from jaxengine.engine.replicas import ReplicaGroup
 from tests.helpers import greedy, make_llm, output_ids, random_prompts
 from tests.sharded_run import bytes_by_device
 
-LAYOUTS = ("tp1 dp1", "tp1 dp2", "tp1 dp4", "tp2 dp2")
+LAYOUTS = (
+    "1 x 1 x 1",
+    "1 x 1 x 2",
+    "1 x 1 x 4",
+    "2 x 1 x 2",
+    "1 x 2 x 2",
+)  # tensor x pipeline x data
 PROMPTS = random_prompts(14, 15, 40, 3, 22, 9, 31, 5)
 RANDOM = [  # with a seed and without
     SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True)
@@ -42,9 +48,10 @@ def main() -> None:
     assert len(jax.devices()) == 8
     results = {}
     for layout in LAYOUTS:
-        tp, dp = (int(size[2:]) for size in layout.split())
-        sizes = {"tensor_parallel_size": tp, "data_parallel_size": dp}
-        results[layout] = run(make_llm(sys.argv[1], **sizes, **ENGINE))
+        names = ("tensor", "pipeline", "data")
+        sizes = zip(names, map(int, layout.split(" x ")), strict=True)
+        layout_args = {f"{name}_parallel_size": size for name, size in sizes}
+        results[layout] = run(make_llm(sys.argv[1], **layout_args, **ENGINE))
     print(json.dumps(results))
 
 

@@ -47,7 +47,7 @@ from tests.replicas_run import LAYOUTS, PROMPTS
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    model = save_tiny_chat_model(tmp_path_factory.mktemp("replicated"), num_hidden_layers=1)
+    model = save_tiny_chat_model(tmp_path_factory.mktemp("replicated"), num_hidden_layers=2)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.replicas_run", model],
@@ -69,8 +69,8 @@ def test_replicas_give_the_tokens_of_one_engine(results: dict, layout: str, kind
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_replica_gets_its_share_of_the_work(results: dict, layout: str) -> None:
-    tp, dp = (int(size[2:]) for size in layout.split())
-    assert results[layout]["num_devices"] == tp * dp
+    tp, pp, dp = map(int, layout.split(" x "))
+    assert results[layout]["num_devices"] == tp * pp * dp
     shares = results[layout]["prompt_tokens"]
     assert len(shares) == dp
     assert sum(shares) == 2 * sum(map(len, PROMPTS))
