@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxengine.config import EngineConfig
+from jaxengine.distributed.launch import start_leader
 from jaxengine.engine import memory
 from jaxengine.engine.replicas import build_replicas, startup_text
 from jaxengine.interrupts import interrupts_deferred
@@ -51,12 +52,14 @@ class LLM:
         use_compilation_cache()
         checkpoint = open_model(config.model, config.load_format, config.revision)
         generation_config = checkpoint.generation_config
+        leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
         self._tokenizer: Tokenizer | None = None
         eos_token_ids = frozenset[int]()
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
             eos_token_ids = self._tokenizer.eos_token_ids
-        self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
+        hooks = {} if leader is None else {"hooks_of": leader.hooks}
+        self.engine, startups = build_replicas(config, checkpoint, eos_token_ids, **hooks)
         self.startup = startups[0]
         self.engine_config = config
         self._generation_config = generation_config if config.generation_config == "auto" else {}
@@ -64,6 +67,9 @@ class LLM:
         self._request_numbers = itertools.count()
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
         self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
+        if leader is not None:
+            leader.unfinished_requests = lambda: self._processor.unfinished_request_ids
+            leader.wait_until_ready()
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
             print(f"{startup_text(startups)}\n  ready after {seconds:.1f} s", file=sys.stderr)

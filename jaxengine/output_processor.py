@@ -65,6 +65,11 @@ class OutputProcessor:
         """Whether any request still waits for outputs."""
         return bool(self._requests)
 
+    @property
+    def unfinished_request_ids(self) -> list[str]:
+        """The requests that still wait for outputs."""
+        return list(self._requests)
+
     def add_request(
         self,
         request_id: str,

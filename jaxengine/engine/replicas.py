@@ -7,7 +7,7 @@ thread, so it must never wait for one replica while another has a result or noth
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.build import Startup, build_engine
 from jaxengine.engine.engine import Engine, StepResult
-from jaxengine.engine.model_runner import PendingStep
+from jaxengine.engine.model_runner import PendingStep, RunnerHooks
 from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.request import Request
 from jaxengine.engine.scheduler_output import SchedulerStats
@@ -207,9 +207,18 @@ def sum_stats(stats: Sequence[SchedulerStats]) -> SchedulerStats:
 
 
 def build_replicas(
-    config: EngineConfig, checkpoint: Checkpoint, eos_token_ids: frozenset[int]
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    eos_token_ids: frozenset[int],
+    hooks_of: Callable[[int], RunnerHooks] = lambda _: RunnerHooks(),
 ) -> tuple[Engine | ReplicaGroup, list[Startup]]:
     """Build ``data_parallel_size`` replicas, one after the other.
+
+    Args:
+        config: What the user asked for.
+        checkpoint: From ``open_model``.
+        eos_token_ids: Tokens that end a request.
+        hooks_of: For what drives the runners of other hosts, by the replica's number.
 
     Returns:
         The engine itself if there is one, else their group; and what each start did.
@@ -218,11 +227,13 @@ def build_replicas(
         ValueError: As ``build_engine``; also if there are too few devices.
     """
     if config.data_parallel_size == 1:
-        engine, startup = build_engine(config, checkpoint, eos_token_ids)
+        engine, startup = build_engine(config, checkpoint, eos_token_ids, hooks=hooks_of(0))
         return engine, [startup]
     replicas, startups = [], []
-    for devices in split_devices(config, jax.devices()):
-        engine, startup = build_engine(config, checkpoint, eos_token_ids, devices=devices)
+    for number, devices in enumerate(split_devices(config, jax.devices())):
+        engine, startup = build_engine(
+            config, checkpoint, eos_token_ids, devices, hooks_of(number)
+        )
         replicas.append(Replica.of(engine, config.seed))
         startups.append(startup)
     return ReplicaGroup(replicas), startups
