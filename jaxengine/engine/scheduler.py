@@ -232,12 +232,15 @@ class Scheduler:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
             self._has_finished_running = False
         step = StepBuilder(self.max_num_batched_tokens)
-        self._schedule_running(step)
+        self._schedule_running(step, self.num_stages)
         if not step.is_out_of_blocks:
             self._schedule_waiting(step)
-        if step.is_empty and self.num_stages > 1:
-            # Better a step that waits in the pipeline than one that waits for the host as well.
-            self._schedule_running(step, wakes_resting=True)
+        num_stages = self.num_stages
+        while step.is_empty and num_stages > 1:
+            # Better a step that waits in the pipeline than one that waits for the host as well:
+            # wake the request that has rested longest.
+            num_stages -= 1
+            self._schedule_running(step, num_stages)
         if step.is_empty:
             return None
         return self._close_step(step)
@@ -310,13 +313,16 @@ class Scheduler:
         num_unused = sum(len(r.block_ids) * block_size - r.num_computed_tokens for r in running)
         assert num_unused == self._blocks.num_unused_slots, "unused slots miscounted"
 
-    def _schedule_running(self, step: StepBuilder, wakes_resting: bool = False) -> None:
+    def _schedule_running(self, step: StepBuilder, num_stages: int) -> None:
+        # A request whose newest token comes from a step that may not be through rests.
+        first_in_pipeline = self._num_scheduled_steps - num_stages + 1
+        first_resting = max(first_in_pipeline, self._num_updated_steps)
         most_decode_rows = -(-len(self._running) // self.num_stages)
         for request in self._running:  # may lose requests from its end while we go
             num_tokens = request.num_tokens_with_placeholders
             if num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
-            if self._rests(request) and not wakes_resting:
+            if request.last_sampling_step >= first_resting:
                 continue
             is_decode = num_tokens - request.num_computed_tokens == 1
             if is_decode and step.num_decode_rows == most_decode_rows:
@@ -327,11 +333,6 @@ class Scheduler:
             if not self._make_room(request, num_new, step):
                 break
             self._add_row(request, num_new, step)
-
-    def _rests(self, request: Request) -> bool:
-        """Whether the request's newest token comes from a step that may not be through yet."""
-        first_in_pipeline = self._num_scheduled_steps - self.num_stages + 1
-        return request.last_sampling_step >= max(first_in_pipeline, self._num_updated_steps)
 
     def _schedule_waiting(self, step: StepBuilder) -> None:
         while len(self._waiting) and self._free_slots and step.budget:

@@ -42,6 +42,7 @@ class Workload:
             policy=rng.choice(["fcfs", "priority"]),
             watermark=rng.choice([0.0, 0.01, 0.2]),
             max_in_flight=rng.choice([1, 2, 2, 3, 6]),
+            num_stages=rng.choice([1, 1, 2, 4]),
             sliding_window=self.window,
         )
         self.device = FakeDevice(num_blocks, block_size, num_slots, MAX_MODEL_LEN, self.window)
