@@ -19,6 +19,7 @@ import pytest
 from jaxengine import LLM, SamplingParams
 from jaxengine.cli import generate_parser
 from jaxengine.config import EngineConfig
+from jaxengine.engine import replicas
 from jaxengine.engine.block_pool import BlockPool
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replica_router import ReplicaRouter
@@ -335,6 +336,16 @@ def test_whoever_is_ready_first_is_read_first() -> None:
     (news,) = group.step().outputs
     # Polls 0 and 1 find neither; the second round asks replica 0 first.
     assert (news.request_id, next(polls)) == ("b", 4)
+
+
+def test_if_no_step_gets_done_one_is_awaited_which_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replicas, "PATIENCE_S", 0.01)
+    log: list[str] = []
+    run(fake_group(log, lambda: False, lambda: False), 2, 2)
+    reads = [entry for entry in log if entry.startswith("read")]
+    assert reads == ["read 0", "read 1", "read 0", "read 1"]
 
 
 def test_replicas_that_are_always_ready_starve_no_other() -> None:

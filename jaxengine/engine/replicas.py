@@ -23,6 +23,7 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.weights import Checkpoint
 
 POLL_S = 50e-6  # hidden behind the second step in flight, which the device goes on with
+PATIENCE_S = 5.0  # then ``read`` is to say whether a step will ever be done
 
 
 class Replica(Engine):
@@ -158,15 +159,20 @@ class ReplicaGroup:
         return result
 
     def _wait_for_any(self) -> Replica | None:
-        """Return a replica whose oldest step is done; None if no step is in flight."""
+        """Return a replica whose oldest step is done; None if no step is in flight.
+
+        If all of them take very long, it returns one whose step is not done.
+        """
         busy = [replica for replica in self._reading_order if replica.has_pending_steps]
         if len(busy) <= 1:  # there is nobody else to serve: ``read`` may wait
             return busy[0] if busy else None
-        while True:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
             for replica in busy:
                 if replica.is_ready:
                     return replica
             time.sleep(POLL_S)
+        return busy[0]
 
     def _give_up_steps(self) -> None:
         self._router.clear()
@@ -231,9 +237,7 @@ def build_replicas(
         return engine, [startup]
     replicas, startups = [], []
     for number, devices in enumerate(split_devices(config, jax.devices())):
-        engine, startup = build_engine(
-            config, checkpoint, eos_token_ids, devices, hooks_of(number)
-        )
+        engine, startup = build_engine(config, checkpoint, eos_token_ids, devices, hooks_of(number))
         replicas.append(Replica.of(engine, config.seed))
         startups.append(startup)
     return ReplicaGroup(replicas), startups
