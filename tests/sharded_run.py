@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxengine import LLM
+from jaxengine import LLM, SamplingParams
 from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts
 
 SIZES = (1, 2, 4, 8)
@@ -55,6 +55,37 @@ def run(llm: LLM) -> dict[str, Any]:
     }
 
 
+def run_mixed(llm: LLM) -> list[Any]:
+    """Many requests of all kinds at once, more than there is room for: ids and logprobs."""
+    prompts = random_prompts(3, 30, 9, 17, 1, 22, 5, 12, 40, 8, 2, 19)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 5, "temperature": 1.2, "top_k": 20},
+        {"temperature": 0, "repetition_penalty": 1.4, "logprobs": 3},
+        {"seed": 6, "n": 2, "top_p": 0.9, "prompt_logprobs": 2},
+    ]
+    params = [
+        SamplingParams(max_tokens=5 + 3 * i, ignore_eos=True, **kinds[i % 4])
+        for i in range(len(prompts))
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert_idle(llm)
+    return [
+        {
+            "token_ids": [list(each.token_ids) for each in output.outputs],
+            "logprobs": [_values(each.logprobs) for each in output.outputs],
+            "prompt_logprobs": _values(output.prompt_logprobs),
+        }
+        for output in outputs
+    ]
+
+
+def _values(logprobs: Any) -> list[list[float]]:
+    """The numbers alone, by position and token id."""
+    positions = [position or {} for position in logprobs or []]
+    return [[each[token].logprob for token in sorted(each)] for each in positions]
+
+
 def look_inside(llm: LLM) -> dict[str, Any]:
     """What the compiled programs communicate, and what each device holds."""
     assert_idle(llm)
@@ -82,6 +113,11 @@ def main() -> None:
         sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
         llm = make_llm(sys.argv[1], **sizes, **limits)
         results[name_of(mesh)] = run(llm) | look_inside(llm)
+    for mesh in ((1, 1), (1, 2), (2, 2)):
+        sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
+        limits = {"max_num_seqs": 6, "num_gpu_blocks_override": 15}
+        results[name_of(mesh)]["mixed"] = run_mixed(make_llm(sys.argv[1], **sizes, **limits))
+    limits = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
     sizes = {f"{kind}_parallel_size": 2 for kind in ("tensor", "pipeline", "data")}
     results[REPLICAS] = run(make_llm(sys.argv[1], **sizes, **limits))
     print(json.dumps(results))

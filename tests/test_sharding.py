@@ -70,6 +70,24 @@ def test_the_runs_met_preemption_and_cached_prefixes(
     assert result["num_cached_tokens"] == 32
 
 
+@pytest.mark.parametrize("name", ["tp1 pp2", "tp2 pp2"])
+def test_sampling_and_logprobs_do_not_depend_on_the_mesh(results: dict, name: str) -> None:
+    for found, expected in zip(results[name]["mixed"], expected_of(results), strict=True):
+        assert found["token_ids"] == expected["token_ids"]
+        for kind in ("logprobs", "prompt_logprobs"):
+            assert flatten(found[kind]) == pytest.approx(flatten(expected[kind]), abs=1e-4)
+    assert sum(len(flatten(each["logprobs"])) for each in expected_of(results)) > 100
+    assert sum(len(flatten(each["prompt_logprobs"])) for each in expected_of(results)) > 100
+
+
+def expected_of(results: dict) -> list[dict[str, Any]]:
+    return results["tp1 pp1"]["mixed"]
+
+
+def flatten(nested: Any) -> list[float]:
+    return [x for each in nested for x in flatten(each)] if isinstance(nested, list) else [nested]
+
+
 @EVERY_MESH
 @pytest.mark.parametrize(("step", "tokens", "rows"), [("mixed", 16, 2), ("decode", 2, 2)])
 def test_a_step_reduces_twice_a_layer_and_once_for_the_embedding(
