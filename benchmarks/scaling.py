@@ -24,8 +24,10 @@ from benchmarks.scaling_predict import (
     MODELS,
     PRESETS,
     predict,
+    predict_workloads,
     print_predictions,
     print_validation,
+    print_workloads,
     read_model,
     validate,
 )
@@ -65,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="its directory; left out: a tiny one, or all tables")
     parser.add_argument("--sizes", nargs="+", type=parse_sizes, help="tensor,pipeline,data")
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--workload", choices=sorted(WORKLOADS), help="left out: decode-heavy")
+    measuring.add_argument(
+        "--workload", choices=sorted(WORKLOADS), help="left out: decode-heavy; on a CPU, batch-8"
+    )
     measuring.add_argument("--load-format", default="auto")
     measuring.add_argument("--dtype", default="auto")
     measuring.add_argument("--repeats", type=int, default=3)
@@ -92,19 +96,23 @@ def print_prediction(args: argparse.Namespace) -> Record:
     if args.model:
         layouts = args.sizes or default_layouts(8)
         jobs = [(Path(args.model), tuple(layouts), args.weight_bits)]
-        validation = []
+        validation, workloads = [], []
     else:
         jobs = [(MODELS / each.model, each.layouts, each.weight_bits) for each in PRESETS]
         validation = validate()
         print("\nAgainst measurements\n")
         print_validation(validation)
+        workloads = predict_workloads()
+        print("\nllama-3.1-8b, seconds of whole workloads: likely (hopeful to careful)\n")
+        print_workloads(workloads)
     tables = []
     for directory, layouts, bits in jobs:
         records = predict(read_model(directory), layouts, args.rows, args.context, bits)
         tables.append({"model": directory.name, "weight_bits": bits, "layouts": records})
         print(f"\n{directory.name}, weights of {bits} bits, context {args.context:,}\n")
         print_predictions(records, args.rows)
-    return {"benchmark": "scaling-prediction", "validation": validation, "tables": tables}
+    report = {"validation": validation, "workloads": workloads, "tables": tables}
+    return {"benchmark": "scaling-prediction", **report}
 
 
 def measure(args: argparse.Namespace) -> Record:
@@ -141,7 +149,7 @@ def run_layout(
     command = ["-m", "benchmarks.throughput"]
     command += ["--model", str(MODELS / "tiny-llama") if is_tiny else args.model]
     command += ["--load-format", "dummy" if is_tiny else args.load_format, "--dtype", args.dtype]
-    command += ["--workload", args.workload or ("smoke" if is_cpu else "decode-heavy")]
+    command += ["--workload", args.workload or ("batch-8" if is_cpu else "decode-heavy")]
     command += ["--repeats", str(args.repeats)]
     command += ["--tensor-parallel-size", str(layout.tensor)]
     command += ["--pipeline-parallel-size", str(layout.pipeline)]

@@ -88,7 +88,10 @@ class CostModel:
         group_rows = math.ceil(rows / groups)
         attention_s = self._decode_attention_s(group_rows, context)
         times = self._stage_times(group_rows, attention_s, group_rows)
-        return max(groups * max(times), sum(times)) + self._pieces.step_s
+        round_s = sum(times)
+        if stages > 1:
+            round_s += self._send_s(4 * group_rows)  # the tokens, back to the first stage
+        return max(groups * max(times), round_s) + self._pieces.step_s
 
     def decode_tok_s(self, rows: int, context: float) -> float:
         """Tokens a second over all replicas, which share ``rows`` evenly."""
@@ -188,7 +191,10 @@ class CostModel:
         return half + num_bytes / self._pieces.read_bytes_s
 
     def _send_s(self, num_bytes: float) -> float:
-        """Every GPU of a stage hands its copy to its counterpart of the next."""
+        """Every GPU of a stage hands its copy to its counterpart of the next.
+
+        Where a replica spans hosts, every hand-over counts as one between hosts.
+        """
         wires = self._wires
         if self._layout.tensor * self._layout.pipeline <= GPUS_PER_HOST:
             return wires.send_latency_s + num_bytes / wires.nvlink_bytes_s

@@ -24,6 +24,7 @@ VLLM = "peers/h200-vllm-0.26.0.jsonl"
 VLLM_TP2 = "peers/h200x2-vllm-0.26.0-tp2.jsonl"
 NO_WIRES = Wires("none", 0.0, 0.0, math.inf, math.inf, 0.0, 0.0)
 PREFILL = (128, 2048)  # prompts, tokens of each: the workload prefill-heavy
+WORKLOAD_COLUMNS = ("single", "decode-heavy", "chat", "prefill-heavy", "long-context")
 BASE_ROWS = 256  # where efficiency and the share of the wires are taken
 
 
@@ -135,6 +136,33 @@ def print_validation(rows: Sequence[Record]) -> None:
         low, high = sorted((ratio["hopeful"], ratio["careful"]))
         scope = "" if low == high else f"{low:.2f} to {high:.2f}"
         print(f"| {row['what']} | {time} | {ratio['likely']:.2f} | {scope} |")
+
+
+def predict_workloads() -> list[Record]:
+    """Predict the seconds of whole workloads on one host, to be held against a run there."""
+    model, pieces = read_model(MODELS / LLAMA_8B), calibrated_pieces()
+    records = []
+    for layout in (*(Layout(size) for size in (1, 2, 4, 8)), Layout(1, 2), Layout(1, 1, 2)):
+        costs = {name: CostModel(model, layout, pieces, wires) for name, wires in WIRES.items()}
+        seconds = {
+            workload: {name: cost.workload_s(WORKLOADS[workload]) for name, cost in costs.items()}
+            for workload in WORKLOAD_COLUMNS
+        }
+        records.append({"layout": str(layout), "seconds": seconds})
+    return records
+
+
+def print_workloads(records: Sequence[Record]) -> None:
+    print("| layout |", " | ".join(WORKLOAD_COLUMNS), "|")
+    print("|---" * (len(WORKLOAD_COLUMNS) + 1) + "|")
+    for record in records:
+        cells = [record["layout"]]
+        for seconds in record["seconds"].values():
+            low, likely, high = (
+                f"{seconds[name]:.2f}" for name in ("hopeful", "likely", "careful")
+            )
+            cells.append(likely if low == high else f"{likely} ({low} to {high})")
+        print("|", " | ".join(cells), "|")
 
 
 def predict(
