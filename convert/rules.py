@@ -1,7 +1,7 @@
 """The table that says how Hugging Face's tensors become our parameters, and the families' registry.
 
 A parameter is one or more tensors laid side by side along one axis, each first seen in another
-shape of as many elements. Orientation stays [out, in], so nothing is ever transposed.
+shape of as many elements. Orientation stays [out, in]: nothing is transposed here.
 """
 
 from __future__ import annotations

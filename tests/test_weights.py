@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import convert
 from jaxengine.config import ModelConfig
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
-from jaxengine.sharding import TENSOR_AXIS, make_mesh
+from jaxengine.sharding import make_mesh
 from jaxengine.weights import (
     ParamSpec,
     _repeat_kv_heads,
@@ -56,9 +55,11 @@ def sources(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-def specs_of(source: Path, dtype: str = "float32") -> tuple[Any, dict[str, ParamSpec]]:
+def specs_of(
+    source: Path, dtype: str = "float32", **chosen: Any
+) -> tuple[Any, dict[str, ParamSpec]]:
     config = ModelConfig.from_hf(open_model(source).hf_config, dtype)
-    options = ModelOptions(num_kv_heads=config.num_kv_heads, max_model_len=64)
+    options = ModelOptions(num_kv_heads=config.num_kv_heads, max_model_len=64, **chosen)
     factory = ModelRegistry.resolve(config.architecture)
     return param_specs(lambda: factory(config, options))
 
@@ -84,6 +85,22 @@ def test_loaded_parameters_are_those_of_the_checkpoint(
     for path, value in params.items():
         np.testing.assert_array_equal(np.asarray(value), expected[path], err_msg=path)
         assert value.sharding.spec == specs[path].spec
+
+
+def test_input_major_weights_have_the_input_axes_in_front(sources: dict[str, Path]) -> None:
+    source = sources["safetensors"]
+    plain, turned = (
+        load_params(open_model(source), specs, MESH, show_progress=False)
+        for _, specs in (specs_of(source), specs_of(source, input_major=True))
+    )
+    num_in_axes = {"o_proj.weight": 2, "proj.weight": 1, "tokens.weight": 1, "head.weight": 1}
+    num_turned = 0
+    for path, value in turned.items():
+        count = next((n for end, n in num_in_axes.items() if path.endswith(end)), 0)
+        axes = range(-count, value.ndim - count)
+        np.testing.assert_array_equal(np.asarray(value), plain[path].transpose(axes), err_msg=path)
+        num_turned += count > 0
+    assert num_turned == 4 * 2 + 2
 
 
 def test_parameters_are_cast_to_the_dtype_of_the_model(
