@@ -165,7 +165,7 @@ def run_layout(
 
 
 def add_speed_up(row: Record, first: Record) -> None:
-    """Add speed-up and efficiency against the first layout, if both ran."""
+    """Add speed-up, and efficiency a device, against the first layout, if both ran."""
     if "error" not in row and "error" not in first:
         row["speed_up"] = row["output_tok_s"] / first["output_tok_s"]
         row["efficiency"] = row["speed_up"] * first["num_devices"] / row["num_devices"]
@@ -181,7 +181,9 @@ def print_measurements(rows: list[Record]) -> None:
         if "error" in row:
             print(f"{head}  {row['error'][:160]}")
             continue
-        ratios = f"{row.get('speed_up', 0):10.2f}{row.get('efficiency', 0):12.1%}"
+        ratios = f"{'-':>10}{'-':>12}"
+        if "speed_up" in row:
+            ratios = f"{row['speed_up']:10.2f}{row['efficiency']:12.1%}"
         sizes = "".join(f"{row[key] / 1e6:10,.1f}" for key in ("weight_bytes", "cache_bytes"))
         live = " ".join(f"{size / 1e6:,.1f}" for size in row["live_bytes"])
         print(f"{head}{row['output_tok_s']:12,.1f}{ratios}{sizes}  {live}")

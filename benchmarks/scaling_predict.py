@@ -25,7 +25,7 @@ VLLM_TP2 = "peers/h200x2-vllm-0.26.0-tp2.jsonl"
 NO_WIRES = Wires("none", 0.0, 0.0, math.inf, math.inf, 0.0, 0.0)
 PREFILL = (128, 2048)  # prompts, tokens of each: the workload prefill-heavy
 WORKLOAD_COLUMNS = ("single", "decode-heavy", "chat", "prefill-heavy", "long-context")
-BASE_ROWS = 256  # where efficiency and the share of the wires are taken
+BASE_ROWS = 256  # for efficiency and the share of the wires, if asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,21 +208,21 @@ def predict(
 
 def print_predictions(records: Sequence[Record], num_rows: Sequence[int]) -> None:
     """Print the table: likely values, and the range from careful to hopeful."""
-    heads = [f"{rows:,} row{'s' if rows > 1 else ''}" for rows in num_rows]
-    print(
-        "| layout | GPUs | weights a GPU | KV tokens |", " | ".join(heads), "| prefill |"
-        " efficiency decode / prefill | wires |",
-    )  # fmt: skip
-    print("|---" * (len(heads) + 7) + "|")
+    base_rows = BASE_ROWS if BASE_ROWS in num_rows else max(num_rows)
+    heads = ["layout", "GPUs", "weights a GPU", "KV tokens"]
+    heads += [f"{rows:,} row{'s' if rows > 1 else ''}" for rows in num_rows]
+    heads += ["prefill", f"efficiency: {base_rows:,} rows / prefill", "wires"]
+    print("|", " | ".join(heads), "|")
+    print("|---" * len(heads) + "|")
     base = next((record for record in records if "prefill_tok_s" in record), None)
     for record in records:
         cells = [record["layout"], str(record["num_devices"])]
         cells += [f"{record['weight_bytes'] / 1e9:.1f} GB", f"{record['kv_tokens'] / 1e6:.2f} M"]
         if "prefill_tok_s" not in record:
-            print("|", " | ".join([*cells[:3], "does not fit"]), "|" + " |" * (len(heads) + 3))
+            print("|", " | ".join([*cells[:3], "does not fit"]), "|" + " |" * (len(heads) - 4))
             continue
         cells += [_cell(record["decode_tok_s"].get(rows)) for rows in num_rows]
-        cells += [_cell(record["prefill_tok_s"]), *_efficiency(record, base)]
+        cells += [_cell(record["prefill_tok_s"]), *_efficiency(record, base, base_rows)]
         print("|", " | ".join(cells), "|")
 
 
@@ -234,14 +234,14 @@ def _cell(tok_s: dict[str, int] | None) -> str:
     return f"{tok_s['likely']:,} ({tok_s['careful']:,} to {tok_s['hopeful']:,})"
 
 
-def _efficiency(record: Record, base: Record) -> tuple[str, str]:
+def _efficiency(record: Record, base: Record, rows: int) -> tuple[str, str]:
     """Speed a GPU against the first layout's, and the share of a decode step that is wires."""
 
     def each(of: Record, speed: dict[str, int]) -> float:
         return speed["likely"] / of["num_devices"]
 
     prefill = each(record, record["prefill_tok_s"]) / each(base, base["prefill_tok_s"])
-    ours, first = (of["decode_tok_s"].get(BASE_ROWS) for of in (record, base))
+    ours, first = (of["decode_tok_s"].get(rows) for of in (record, base))
     if ours is None or first is None:
         return f"- / {prefill:.0%}", "-"
     decode = each(record, ours) / each(base, first)

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.scaling import add_speed_up, default_layouts, parse_sizes
+from benchmarks import scaling
+from benchmarks.records import ChildError
+from benchmarks.scaling import add_speed_up, default_layouts, parse_sizes, run_layout
 from benchmarks.scaling_model import CostModel, Layout
 from benchmarks.scaling_pieces import WIRES, Pieces, fit_decode_attention
 from benchmarks.scaling_predict import MODELS, NO_WIRES, predict, read_model, validate
@@ -154,3 +157,40 @@ def test_speed_up_is_against_the_first_layout_that_ran() -> None:
     failed = {"num_devices": 8, "error": "not supported"}
     add_speed_up(failed, first)
     assert "speed_up" not in failed
+
+
+@pytest.mark.parametrize(
+    ("complaint", "shown"),
+    [
+        ("ValueError: tensor_parallel_size 3 does not divide", "not supported: ValueError: tensor"),
+        ("XlaRuntimeError: out of memory", "failed: XlaRuntimeError: out"),
+    ],
+)
+def test_a_layout_that_does_not_run_becomes_a_row_that_says_why(
+    complaint: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ChildError(complaint)
+
+    monkeypatch.setattr(scaling, "run_child", refuse)
+    args = argparse.Namespace(
+        model=None, load_format="auto", dtype="auto", workload=None, repeats=1, output=None
+    )
+    row = run_layout(Layout(3), args, True, {})
+    assert row["error"].startswith(shown)
+    scaling.print_measurements([row])
+    assert shown in capsys.readouterr().out
+
+
+def test_the_prediction_of_one_model_ends_with_a_line_of_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(MODELS / "llama-3.1-405b")
+    arguments = ["--predict", "--model", model, "--sizes", "4", "8", "--rows", "1", "256"]
+    monkeypatch.setattr("sys.argv", ["scaling", *arguments])
+    scaling.main()
+    *table, last = capsys.readouterr().out.splitlines()
+    too_small, fits = json.loads(last)["tables"][0]["layouts"]
+    assert (too_small["kv_tokens"], too_small["layout"], fits["layout"]) == (0, "TP4", "TP8")
+    assert any("does not fit" in line for line in table)
+    assert fits["decode_tok_s"]["1"]["careful"] < fits["decode_tok_s"]["1"]["hopeful"]
