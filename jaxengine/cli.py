@@ -1,4 +1,4 @@
-"""``jaxengine generate | chat | convert | collect-env``: flags in, text out."""
+"""``jaxengine generate | chat | worker | convert | collect-env``: flags in, text out."""
 
 import argparse
 import logging
@@ -26,6 +26,7 @@ MakeLLM = Callable[..., Any]
 HELPS = {
     "generate": "Continue one or more prompts in one batch",
     "chat": "Talk to a model in the terminal",
+    "worker": "Run this host's part of a model that another host leads",
     "convert": "Convert a checkpoint once, so that it loads without further work",
     "collect-env": "Describe this machine for a bug report",
 }
@@ -83,6 +84,14 @@ def chat_parser() -> argparse.ArgumentParser:
     _add_model(parser)
     parser.add_argument("--system-prompt", help="first message of the conversation")
     add_sampling_arguments(parser)
+    add_engine_arguments(parser)
+    return parser
+
+
+def worker_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``jaxengine worker``."""
+    parser = _new_parser("worker")
+    _add_model(parser)
     add_engine_arguments(parser)
     return parser
 
@@ -149,6 +158,13 @@ def run_chat(options: argparse.Namespace, make_llm: MakeLLM) -> None:
     Chat(llm, params, options.system_prompt).run()
 
 
+def run_worker(options: argparse.Namespace, make_llm: MakeLLM) -> None:
+    """Follow the leader until it ends."""
+    from jaxengine.distributed.follower import run_follower  # loads jax
+
+    run_follower(jaxengine.EngineConfig(options.model, **engine_arguments(options)))
+
+
 def run_collect_environment(options: argparse.Namespace, make_llm: MakeLLM) -> None:
     """Print what a bug report needs."""
     print(collect_environment())
@@ -194,6 +210,7 @@ def _one_line(error: Exception) -> str:
 COMMANDS = {
     "generate": (run_generate, generate_parser),
     "chat": (run_chat, chat_parser),
+    "worker": (run_worker, worker_parser),
     "collect-env": (run_collect_environment, environment_parser),
 }
 

@@ -31,9 +31,9 @@ def start_leader(config: EngineConfig, hf_config: Mapping[str, Any]) -> Leader:
     if config.distributed_executor_backend == "ray":
         from jaxengine.distributed.ray_cluster import gather_on_ray  # an optional package
 
-        config, followers = gather_on_ray(config, facts)
+        config, followers, release = gather_on_ray(config, facts)
+        leader = Leader(followers, release)
     else:
-        followers = gather_followers(config, facts, cluster_key())
-    leader = Leader(followers)
+        leader = Leader(gather_followers(config, facts, cluster_key()))
     start_jax(config)
     return leader

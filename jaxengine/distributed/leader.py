@@ -28,7 +28,7 @@ from jaxengine.engine.step_inputs import StepInputs
 
 POLL_S = 50e-6  # hidden behind the second step in flight, which the devices go on with
 NOTICE_S = 2.0  # from a failed collective to the closed connection of the one that failed
-PATIENCE_S = 10.0  # from a loss to the end of a process that hangs in a collective
+PATIENCE_S = 5.0  # from a loss to the end of a process that hangs in a collective
 FAREWELL_S = 5.0  # for the followers to end after the leader
 
 
@@ -53,14 +53,18 @@ class Leader:
 
     Args:
         followers: From ``gather_followers``.
+        release: Called at the end.
 
     Attributes:
         unfinished_requests: Returns the ids of the requests that a loss would end.
     """
 
-    def __init__(self, followers: Sequence[Follower]) -> None:
+    def __init__(
+        self, followers: Sequence[Follower], release: Callable[[], None] = lambda: None
+    ) -> None:
         self.unfinished_requests: Callable[[], Sequence[str]] = list
         self._followers = list(followers)
+        self._release = release
         self._inboxes: dict[int, queue.Queue[Frame]] = {f.rank: queue.Queue() for f in followers}
         self._loss: str | None = None
         self._is_closing = False
@@ -109,7 +113,7 @@ class Leader:
             HostLostError: If a follower is lost before.
         """
         self._may_hang = False
-        while not array.is_ready():
+        while not array.is_ready():  # type: ignore[attr-defined]
             self.check()
             time.sleep(POLL_S)
         try:
@@ -129,7 +133,8 @@ class Leader:
             thread.join(FAREWELL_S)
         for follower in self._followers:
             follower.channel.close()
-        if self._loss is not None and sys.is_finalizing() is False:
+        self._release()
+        if self._loss is not None:
             # Programs that wait for the lost host may keep jax from ending.
             faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
 

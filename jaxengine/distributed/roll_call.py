@@ -24,7 +24,7 @@ from jaxengine.distributed.identity import Facts, describe_difference
 
 KEY_VARIABLE = "JAXENGINE_CLUSTER_KEY"
 MIN_KEY_LENGTH = 16
-SILENCE_S = 15.0  # of a process that sends a heartbeat each second
+SILENCE_S = 10.0  # of a process that sends a heartbeat each second
 RETRY_S = 0.2
 
 
