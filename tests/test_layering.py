@@ -48,6 +48,11 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "jaxengine/engine/*": (*TEXT, "convert"),
     "jaxengine/llm.py": ("jaxengine.cli*", "jaxengine.server"),
     "jaxengine/cli_*": ("jaxengine.engine",),
+    "jaxengine/on_ray/*": (*DEVICE, *MODELS, "jaxengine.engine", "jaxengine.cli", "convert"),
+    **{
+        f"jaxengine/on_ray/{name}.py": ("ray",)
+        for name in ("engine_thread", "json_output", "output_directory", "sh*")
+    },
     **{
         f"jaxengine/engine/{name}.py": (*DEVICE, *MODELS, *DEVICE_ENGINE)
         for name in (
@@ -120,6 +125,15 @@ def test_only_weights_the_registry_and_the_command_line_import_convert() -> None
 def test_only_layers_call_kernels() -> None:
     callers = engine_files_that_import("pallas_kernels")
     assert {Path(file).parent.as_posix() for file in callers} == {"jaxengine/layers"}
+
+
+def test_only_on_ray_imports_ray_and_nobody_imports_on_ray() -> None:
+    importers = engine_files_that_import("ray")
+    assert {Path(file).parent.as_posix() for file in importers} == {"jaxengine/on_ray"}
+    for file in source_files():
+        modules = imported_modules((ROOT / file).read_text(encoding="utf-8"))
+        if not file.startswith("jaxengine/on_ray/"):
+            assert not any(module.startswith("jaxengine.on_ray") for module in modules), file
 
 
 def engine_files_that_import(package: str) -> set[str]:
