@@ -94,6 +94,7 @@ def gather_followers(
                 _check_rank(follower, config, followers)
                 followers[follower.rank] = follower
         for follower in followers.values():
+            follower.channel.set_timeout(SILENCE_S)  # from here on all send heartbeats
             follower.channel.send(Frame("welcome"))
         undo.pop_all()
     return [followers[rank] for rank in sorted(followers)]
@@ -157,7 +158,6 @@ def _accept(
         channel.send(Frame("refused", {"reason": reason}))
         channel.close()
         raise HostsError(reason)
-    channel.set_timeout(config.distributed_timeout_seconds)  # no heartbeats yet
     return follower
 
 
