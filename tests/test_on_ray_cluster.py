@@ -296,11 +296,14 @@ def test_an_engine_that_fails_answers_500_and_is_replaced(service: Service) -> N
     service.wait_until_idle()
     first_pid = service.stats()["process_id"]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streaming = service.open({**LONG, "stream": True}).getresponse()
         replies = [pool.submit(service.post, **LONG) for _ in range(16)]
         wait_until(lambda: service.stats()["num_running"] > 0)
         service.post("/break")
+        last_event = streaming.read().decode().split("\n\n")[-2]
         statuses = [reply.result()[0] for reply in replies]
         bodies = [reply.result()[1] for reply in replies if reply.result()[0] == 500]
+    assert "device lost" in last_event or last_event == "data: [DONE]"  # it was ready before
     assert bodies
     assert set(statuses) <= {200, 500}
     assert all("device lost" in body["error"]["message"] for body in bodies)

@@ -1,5 +1,6 @@
 """The rows of a dataset, cut into shards, and the files of their results; without a cluster."""
 
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from jaxengine.on_ray.batch import generate_dataset, main
 from jaxengine.on_ray.engine_thread import EngineError
 from jaxengine.on_ray.json_output import with_fields
 from jaxengine.on_ray.output_directory import OutputDirectory, ShardCounts
-from jaxengine.on_ray.serve import parse_request
+from jaxengine.on_ray.serve import build_app, parse_request
 from jaxengine.on_ray.shard_worker import ShardWorker
 from jaxengine.on_ray.shards import Shard, open_dataset
 
@@ -134,24 +135,47 @@ def test_a_shard_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
     assert output.counts(shard) is None
 
 
+def make_worker(model: Path, directory: Path, **sampling: Any) -> ShardWorker:
+    directory.mkdir()
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 65}
+    params = SamplingParams(ignore_eos=True, **sampling)
+    engine_args = {**sizes, "disable_log_stats": True}
+    return ShardWorker(str(model), engine_args, params, OutputDirectory(directory))
+
+
 def test_a_random_row_has_the_same_tokens_on_any_replica(tmp_path: Path, chat_model: Path) -> None:
-    dataset = open_dataset(save_jsonl(tmp_path / "a.jsonl", ["the fox", "the fox", "the dog"]), 3)
+    source = save_jsonl(tmp_path / "a.jsonl", ["the fox", "the fox", "the dog"])
+    (shard,) = open_dataset(source, 3).shards
     lines = []
     for name in ("one", "two"):
-        output = OutputDirectory(tmp_path / name)
-        output.path.mkdir()
-        params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
-        sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 65}
-        quiet = {"disable_log_stats": True}
-        worker = ShardWorker(str(chat_model), {**sizes, **quiet}, params, output)
-        if name == "two":  # this one has had other requests before
-            worker._engine.result(prompt="once", sampling_params=params.clone(seed=1)).result()
-        worker({"shard": [dataset.shards[0].to_json()]})
+        worker = make_worker(chat_model, tmp_path / name, temperature=1.0, max_tokens=8)
+        if name == "two":  # this one has had another request before
+            worker._engine.result(prompt="once").result()
+        worker({"shard": [shard.to_json()]})
         worker._engine.close()
-        lines.append(output.part_path(0).read_text().splitlines())
+        lines.append((tmp_path / name / "part-000000.jsonl").read_text().splitlines())
     assert lines[0] == lines[1]
     first, second, _ = (json.loads(line)["outputs"][0]["token_ids"] for line in lines[0])
     assert first != second
+
+
+def test_shards_that_are_done_at_the_same_time_share_the_batch(
+    tmp_path: Path, chat_model: Path
+) -> None:
+    shards = open_dataset(save_jsonl(tmp_path / "a.jsonl", ["the fox"] * 8), 1).shards
+    worker = make_worker(chat_model, tmp_path / "out", temperature=0.0, max_tokens=50)
+    batches = [{"shard": [shard.to_json()]} for shard in shards]
+    for batch in batches[:4]:
+        worker(batch)
+    num_steps_alone = worker._engine.num_steps
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(worker, batches[4:]))
+    assert worker._engine.num_steps - num_steps_alone < num_steps_alone
+    assert counts == [{"num_rows": [1], "num_errors": [0]}] * 4
+    num_steps = worker._engine.num_steps
+    worker(batches[0])  # stored: a replica that is started again does not do it again
+    assert worker._engine.num_steps == num_steps
+    worker._engine.close()
 
 
 # Parameters.
@@ -161,6 +185,8 @@ def test_a_mistake_is_found_before_a_replica_starts(tmp_path: Path) -> None:
     source = save_jsonl(tmp_path / "a.jsonl", ["a"])
     with pytest.raises(ValueError, match="block_size 3"):
         generate_dataset(source, tmp_path / "out", "m", engine_args={"block_size": 3})
+    with pytest.raises(ValueError, match="nnodes is 2: a replica that Ray places"):
+        build_app({"model": "m", "nnodes": 2})
     with pytest.raises(ValueError, match="logprobs are not written"):
         generate_dataset(source, tmp_path / "out", "m", SamplingParams(logprobs=1))
     with pytest.raises(ValueError, match="num_replicas is 0"):

@@ -22,10 +22,9 @@ from jaxengine.cli_arguments import (
     hyphenate,
     sampling_arguments,
 )
-from jaxengine.config import EngineConfig
 from jaxengine.on_ray.json_output import SAMPLING_FIELDS, check_offered
 from jaxengine.on_ray.output_directory import MAX_SHARDS, OutputDirectory, ShardCounts
-from jaxengine.on_ray.resources import replica_resources
+from jaxengine.on_ray.resources import check_engine_arguments, replica_resources
 from jaxengine.on_ray.shard_worker import ShardWorker
 from jaxengine.on_ray.shards import Dataset, Shard, Source, open_dataset
 from jaxengine.sampling_params import SamplingParams
@@ -106,7 +105,7 @@ def generate_dataset(
             other parameters.
     """
     arguments = dict(engine_args or {})
-    EngineConfig(model=model, **arguments)  # a mistake should not wait for a replica
+    check_engine_arguments({"model": model, **arguments})
     if sampling_params is not None:
         check_offered(sampling_params)
     dataset = open_dataset(source, rows_per_shard)
@@ -119,7 +118,6 @@ def generate_dataset(
     worker = {
         "fn_constructor_args": (model, arguments, sampling_params, output),
         "compute": _actor_pool(num_replicas, len(missing), shards_in_flight),
-        "max_concurrency": shards_in_flight,
         **replica_resources(arguments, num_cpus, num_gpus),
     }
     num_rows = num_errors = 0
@@ -164,6 +162,7 @@ def _actor_pool(
     return ray.data.ActorPoolStrategy(
         min_size=min(least, most),
         max_size=most,
+        max_concurrent_calls_per_actor=shards_in_flight,
         max_tasks_in_flight_per_actor=shards_in_flight,
         enable_true_multi_threading=True,
     )

@@ -5,8 +5,24 @@ from typing import Any
 
 import ray
 
+from jaxengine.config import EngineConfig
+
 # Each of these multiplies the devices of a replica.
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def check_engine_arguments(engine_args: Mapping[str, Any]) -> None:
+    """Find a mistake before a replica is started for it.
+
+    Raises:
+        ValueError: If an argument of ``LLM`` is not possible, or not on one host.
+    """
+    config = EngineConfig(**engine_args)
+    if config.nnodes > 1:
+        raise ValueError(
+            f"nnodes is {config.nnodes}: a replica that Ray places lies within one host; use 1, "
+            "or LLM without on_ray for a model that needs several hosts"
+        )
 
 
 def replica_resources(

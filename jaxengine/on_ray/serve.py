@@ -14,11 +14,10 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from jaxengine.config import EngineConfig
 from jaxengine.llm import LLM
 from jaxengine.on_ray.engine_thread import EngineThread
 from jaxengine.on_ray.json_output import as_json, message_of, with_fields
-from jaxengine.on_ray.resources import replica_resources
+from jaxengine.on_ray.resources import check_engine_arguments, replica_resources
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -90,7 +89,7 @@ def build_app(
     Raises:
         ValueError: If an engine argument is not possible.
     """
-    EngineConfig(**engine_args)  # a mistake should not wait for a replica
+    check_engine_arguments(engine_args)
     if autoscaling is not None:
         options["autoscaling_config"] = dict(autoscaling)
     deploy = serve.deployment(
