@@ -45,7 +45,18 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "jaxengine/models/*": ("jaxengine.engine", "jaxengine.weights", *TEXT),
     "jaxengine/models/[!r]*": ("convert", "jaxengine.models.registry"),
     "jaxengine/weights.py": ("jaxengine.engine", "jaxengine.models", *TEXT),
-    "jaxengine/engine/*": (*TEXT, "convert"),
+    "jaxengine/engine/*": (*TEXT, "convert", "jaxengine.distributed"),
+    "jaxengine/distributed/*": (
+        "jaxengine.cli*",
+        "jaxengine.on_ray",
+        "jaxengine.output*",
+        "convert",
+    ),
+    "jaxengine/distributed/[!f]*": ("jaxengine.llm",),
+    **{
+        f"jaxengine/distributed/{name}.py": (*DEVICE, *MODELS, "jaxengine.engine", *TEXT, "ray")
+        for name in ("channel", "frames", "heartbeat", "identity", "roll_call")
+    },
     "jaxengine/llm.py": ("jaxengine.cli*", "jaxengine.server"),
     "jaxengine/cli_*": ("jaxengine.engine",),
     "jaxengine/on_ray/*": (*DEVICE, *MODELS, "jaxengine.engine", "jaxengine.cli", "convert"),

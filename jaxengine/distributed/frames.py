@@ -68,14 +68,13 @@ def decode(header: bytes, body: bytes) -> Frame:
     Raises:
         ValueError: If they do not fit together.
     """
-    parsed = json.loads(header)
-    kind, values, layout = (parsed.get(name) for name in ("kind", "values", "arrays"))
-    if not (isinstance(kind, str) and isinstance(values, dict) and isinstance(layout, list)):
-        raise ValueError("a frame's header lacks kind, values or arrays")
+    match json.loads(header):
+        case {"kind": str(kind), "values": dict(values), "arrays": list(layout)}:
+            pass
+        case _:
+            raise ValueError("a frame's header lacks kind, values or arrays")
     arrays, start = [], 0
-    for dtype, shape in layout:
-        if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"a frame's array of type {dtype!r} and shape {shape!r} is not valid")
+    for dtype, shape in map(_array_layout, layout):
         count = math.prod(shape)
         end = start + count * np.dtype(dtype).itemsize
         if end > len(body):
@@ -85,3 +84,11 @@ def decode(header: bytes, body: bytes) -> Frame:
     if start != len(body):
         raise ValueError(f"a frame has {len(body)} bytes of arrays and names {start}")
     return Frame(kind, values, tuple(arrays))
+
+
+def _array_layout(layout: Any) -> tuple[str, list[int]]:
+    match layout:
+        case [str(dtype), list(shape)] if dtype in DTYPES:
+            if all(isinstance(size, int) and size >= 0 for size in shape):
+                return dtype, shape
+    raise ValueError(f"a frame's array is described as {layout!r:.80}")
