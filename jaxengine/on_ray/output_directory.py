@@ -76,7 +76,7 @@ class OutputDirectory:
 
     def write(self, shard_number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Store a shard; its file appears with all rows, or not at all."""
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        lines = (json.dumps(row) for row in rows)
         _write_atomically(self.part_path(shard_number), lines)
 
     def remove_leftovers(self) -> None:
