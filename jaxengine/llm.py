@@ -58,8 +58,14 @@ class LLM:
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
             eos_token_ids = self._tokenizer.eos_token_ids
-        hooks = {} if leader is None else {"hooks_of": leader.hooks}
-        self.engine, startups = build_replicas(config, checkpoint, eos_token_ids, **hooks)
+        if leader is None:
+            self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
+        else:
+            with leader.closed_on_failure():
+                self.engine, startups = build_replicas(
+                    config, checkpoint, eos_token_ids, leader.hooks
+                )
+                leader.wait_until_ready()
         self.startup = startups[0]
         self.engine_config = config
         self._generation_config = generation_config if config.generation_config == "auto" else {}
@@ -69,7 +75,6 @@ class LLM:
         self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
         if leader is not None:
             leader.unfinished_requests = lambda: self._processor.unfinished_request_ids
-            leader.wait_until_ready()
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
             print(f"{startup_text(startups)}\n  ready after {seconds:.1f} s", file=sys.stderr)

@@ -14,7 +14,7 @@ from jaxengine.distributed.channel import Channel, ChannelClosedError
 from jaxengine.distributed.frames import Frame
 from jaxengine.distributed.heartbeat import HEARTBEAT, Heartbeat
 from jaxengine.distributed.identity import collect_facts
-from jaxengine.distributed.roll_call import cluster_key, join_leader
+from jaxengine.distributed.roll_call import HostsError, cluster_key, join_leader
 from jaxengine.distributed.runtime import check_not_started, start_jax
 from jaxengine.distributed.step_frames import STEP, decode_step
 from jaxengine.engine import memory
@@ -58,7 +58,7 @@ class LeaderLink:
         self.send(Frame("blocks", {"num_blocks": num_blocks}))
         answer = self.receive()
         if answer.kind != "blocks":
-            raise ValueError(f"the leader has sent {answer.kind!r} in place of the KV blocks")
+            raise HostsError("the leader has ended during the start; see what it says")
         return int(answer.values["num_blocks"])
 
     def _receive(self) -> None:

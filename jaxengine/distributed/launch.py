@@ -35,5 +35,6 @@ def start_leader(config: EngineConfig, hf_config: Mapping[str, Any]) -> Leader:
         leader = Leader(followers, release)
     else:
         leader = Leader(gather_followers(config, facts, cluster_key()))
-    start_jax(config)
+    with leader.closed_on_failure():
+        start_jax(config)
     return leader

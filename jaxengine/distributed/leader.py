@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -77,7 +77,7 @@ class Leader:
         for thread in self._threads:
             thread.start()
         self._heartbeat = Heartbeat([follower.channel for follower in followers])
-        atexit.register(self.close)
+        atexit.register(self._end_process)
 
     def hooks(self, replica: int = 0) -> RunnerHooks:
         """How a replica's runner takes the followers along."""
@@ -122,8 +122,17 @@ class Leader:
             self._expect_loss()
             raise
 
+    @contextlib.contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """End the followers, too, if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
-        """End the followers, then wait for them; after a loss, make sure that this process ends."""
+        """End the followers, and wait for them."""
         if self._is_closing:
             return
         self._is_closing = True
@@ -134,6 +143,9 @@ class Leader:
         for follower in self._followers:
             follower.channel.close()
         self._release()
+
+    def _end_process(self) -> None:
+        self.close()
         if self._loss is not None:
             # Programs that wait for the lost host may keep jax from ending.
             faulthandler.dump_traceback_later(PATIENCE_S, exit=True)

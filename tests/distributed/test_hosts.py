@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from jaxengine.distributed.roll_call import KEY_VARIABLE, HostsError
 from tests.distributed.leader_run import NUM_TOKENS, PROMPTS, SIZES, generate
@@ -174,14 +175,17 @@ def test_a_worker_that_cannot_load_its_part_says_so_on_the_leader(
     broken.mkdir()
     for file in hosts.model.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4096])
+    weights = safetensors.numpy.load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    safetensors.numpy.save_file(weights, broken / "model.safetensors")
     leader = hosts.start_leader("tokens", tensor_parallel_size=2)
     hosts.model = broken
     worker = hosts.start_worker(tensor_parallel_size=2)
     assert worker.wait(TIMEOUT_S) == 2
-    assert leader.wait(TIMEOUT_S) != 0
-    assert "model.safetensors" in hosts.errors("worker1")
+    assert leader.wait(TIMEOUT_S) == 1
+    for name in ("worker1", "leader"):
+        assert "model.layers.1.mlp.up_proj.weight" in hosts.errors(name)
+    assert "node 1" in hosts.errors("leader")
 
 
 def test_a_worker_that_never_comes_is_named(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Leader, list[Channe
     """A leader, and its followers' ends of the connections."""
     monkeypatch.setattr(leader_module, "FAREWELL_S", 0.1)
     monkeypatch.setattr(leader_module, "NOTICE_S", 0.3)
-    monkeypatch.setattr(leader_module.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(leader_module.atexit, "register", lambda _: None)
     followers, ends = [], []
     for rank in (1, 2):
         ours, theirs = _tcp_pair()
@@ -215,4 +215,13 @@ def test_a_leader_that_is_idle_is_not_ended(
 def test_the_end_of_the_leader_is_told(hosts: tuple[Leader, list[Channel]]) -> None:
     leader, ends = hosts
     leader.close()
+    assert [next_frame(end).kind for end in ends] == ["shutdown"] * 2
+
+
+def test_a_start_that_fails_on_the_leader_ends_the_followers(
+    hosts: tuple[Leader, list[Channel]],
+) -> None:
+    leader, ends = hosts
+    with pytest.raises(MemoryError), leader.closed_on_failure():
+        raise MemoryError
     assert [next_frame(end).kind for end in ends] == ["shutdown"] * 2
