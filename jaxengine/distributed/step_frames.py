@@ -1,6 +1,7 @@
 """StepInputs as a frame and back, exactly: what follows from the dataclass, field by field."""
 
 import dataclasses
+import functools
 import types
 import typing
 from numbers import Integral
@@ -52,6 +53,11 @@ def _to_plain(value: Any, arrays: list[np.ndarray]) -> Any:
     raise TypeError(f"a step's input is of type {type(value)}: only numbers and arrays are sent")
 
 
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _from_plain(kind: type[Any], plain: Any, arrays: tuple[np.ndarray, ...]) -> Any:
     """Rebuild a value of the annotated type ``kind``."""
     if isinstance(kind, types.UnionType):  # "X | None"
@@ -67,7 +73,7 @@ def _from_plain(kind: type[Any], plain: Any, arrays: tuple[np.ndarray, ...]) -> 
         if type(plain) is not kind:
             raise ValueError(f"a step's frame has {plain!r} where {kind.__name__} is needed")
         return plain
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     if not isinstance(plain, dict) or plain.keys() != hints.keys():
         raise ValueError(f"a step's frame does not hold the fields of {kind!r}")
     return kind(**{name: _from_plain(hints[name], plain[name], arrays) for name in hints})
