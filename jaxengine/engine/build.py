@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -169,7 +169,7 @@ def build_runner(
     limits = resolve_limits(config, model, devices[0])
     runner = _new_runner(config, model, limits, devices, hooks)
     started = time.perf_counter()
-    budget = _plan_memory(runner, config, limits)
+    budget = _plan_memory(runner, config, limits, hooks.agree_on_blocks)
     budget = dataclasses.replace(budget, num_blocks=hooks.agree_on_blocks(budget.num_blocks))
     runner.set_num_blocks(budget.num_blocks)
     if limits.compiles_at_start:
@@ -313,8 +313,16 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Pa
     return jax.block_until_ready(params)
 
 
-def _plan_memory(runner: ModelRunner, config: EngineConfig, limits: Limits) -> memory.MemoryBudget:
+def _plan_memory(
+    runner: ModelRunner,
+    config: EngineConfig,
+    limits: Limits,
+    agree_on_blocks: Callable[[int], int],
+) -> memory.MemoryBudget:
     """Decide the number of KV blocks, the same in every stage, and account for the rest.
+
+    What is compiled to measure must be the same in all processes, too: XLA may share its trials
+    of kernels among them. So they agree on the guess.
 
     Returns:
         The account of the stage that has room for the fewest blocks.
@@ -324,7 +332,8 @@ def _plan_memory(runner: ModelRunner, config: EngineConfig, limits: Limits) -> m
     budgets = [_plan_stage(stage, runner, config, most_useful) for stage in runner.stages]
     is_measured = not (_cache_size_is_given(config) or runner.stages[0].parts.is_on_cpu)
     if is_measured:
-        runner.set_num_blocks(min(budget.num_blocks for budget in budgets))
+        guess = min(budget.num_blocks for budget in budgets)
+        runner.set_num_blocks(agree_on_blocks(guess))
         if limits.compiles_at_start:  # the largest programs beside all others, not before them
             runner.compile_all(show_progress=not config.disable_log_stats)
         budgets = [
