@@ -20,7 +20,7 @@ from jaxengine.distributed.step_frames import STEP, decode_step
 from jaxengine.engine import memory
 from jaxengine.engine.build import build_runner
 from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
-from jaxengine.engine.replicas import split_devices
+from jaxengine.engine.replicas import order_by_replica, split_devices
 from jaxengine.llm import use_compilation_cache
 from jaxengine.weights import Checkpoint, open_model
 
@@ -113,7 +113,7 @@ def _build_runners(
     config: EngineConfig, checkpoint: Checkpoint, link: LeaderLink
 ) -> list[ModelRunner]:
     hooks = RunnerHooks(agree_on_blocks=link.agree_on_blocks)
-    devices = split_devices(config, jax.devices())
+    devices = split_devices(config, order_by_replica(config, jax.devices()))
     return [build_runner(config, checkpoint, own, hooks)[0] for own in devices]
 
 

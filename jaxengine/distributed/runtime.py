@@ -47,7 +47,7 @@ def _bracketed(address: str) -> str:
 
 
 def check_devices(config: EngineConfig, processes: list[int]) -> None:
-    """Check that every host has a device to contribute, and what several hosts cannot do yet.
+    """Check that every host has a device to contribute.
 
     Args:
         config: With the sizes.
@@ -67,12 +67,4 @@ def check_devices(config: EngineConfig, processes: list[int]) -> None:
             f"data_parallel_size {config.data_parallel_size} is {needed} devices, and the nodes "
             f"before have them. Use fewer nnodes, or larger sizes ({len(processes)} devices are "
             "there)"
-        )
-    size = tensor * pipeline
-    replicas = [used[first : first + size] for first in range(0, needed, size)]
-    if any(0 not in replica for replica in replicas):
-        raise HostsError(
-            f"data_parallel_size {config.data_parallel_size} would put a whole replica on another "
-            "host, whose tokens this process cannot read: run an engine on each host instead (see "
-            "docs/distributed.md), or lower data_parallel_size"
         )

@@ -6,6 +6,7 @@ thread, so it must never wait for one replica while another has a result or noth
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -236,11 +237,43 @@ def build_replicas(
         engine, startup = build_engine(config, checkpoint, eos_token_ids, hooks=hooks_of(0))
         return engine, [startup]
     replicas, startups = [], []
-    for number, devices in enumerate(split_devices(config, jax.devices())):
+    for number, devices in enumerate(
+        split_devices(config, order_by_replica(config, jax.devices()))
+    ):
         engine, startup = build_engine(config, checkpoint, eos_token_ids, devices, hooks_of(number))
         replicas.append(Replica.of(engine, config.seed))
         startups.append(startup)
     return ReplicaGroup(replicas), startups
+
+
+def order_by_replica(config: EngineConfig, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """Order the devices of several hosts so that every replica has an equal share of each host.
+
+    The first host's process reads the tokens of all replicas, so none may be without it.
+
+    Raises:
+        ValueError: If a host's devices do not divide.
+    """
+    if config.nnodes == 1:
+        return devices
+    num_replicas = config.data_parallel_size
+    size = config.tensor_parallel_size * config.pipeline_parallel_size
+    used = devices[: size * num_replicas]
+    hosts = [list(own) for _, own in itertools.groupby(used, key=lambda d: d.process_index)]
+    for own in hosts:
+        if len(own) % num_replicas:
+            raise ValueError(
+                f"data_parallel_size {num_replicas} does not divide the {len(own)} devices of node "
+                f"{own[0].process_index} evenly, and every replica needs a share of each node: "
+                "change it, or run an engine on each host"
+            )
+    shares = [(own, len(own) // num_replicas) for own in hosts]
+    return [
+        device
+        for replica in range(num_replicas)
+        for own, count in shares
+        for device in own[replica * count : (replica + 1) * count]
+    ]
 
 
 def split_devices(config: EngineConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

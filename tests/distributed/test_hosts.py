@@ -1,5 +1,6 @@
 """One engine over several processes: the tokens of one process, and a named error for each loss."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
+from jaxengine.config import EngineConfig
 from jaxengine.distributed.roll_call import KEY_VARIABLE, HostsError
+from jaxengine.engine.replicas import order_by_replica
 from tests.distributed.leader_run import NUM_TOKENS, PROMPTS, SIZES, generate
 from tests.distributed.ports import free_ports
 from tests.helpers import make_llm, save_tiny_chat_model
@@ -127,6 +130,40 @@ def test_two_processes_generate_what_one_does(
     assert leader.wait(TIMEOUT_S) == 0, hosts.errors("leader")[-3000:]
     assert worker.wait(30) == 0, hosts.errors("worker1")[-3000:]
     assert hosts.output() == [expected]
+
+
+def test_replicas_that_span_both_processes_generate_the_same(
+    hosts: Hosts, expected: dict[str, Any]
+) -> None:
+    sizes = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+    hosts.start_worker(num_devices=2, **sizes)
+    leader = hosts.start_leader("tokens", 2, **sizes)
+    assert leader.wait(TIMEOUT_S) == 0, hosts.errors("leader")[-3000:]
+    (found,) = hosts.output()
+    for name in ("greedy", "greedy_again", "sampled", "logprobs", "prompt_logprobs"):
+        assert found[name] == expected[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    process_index: int
+    number: int
+
+
+def test_every_replica_has_a_share_of_each_host() -> None:
+    config = EngineConfig(
+        "a model", nnodes=2, pipeline_parallel_size=2, tensor_parallel_size=2, data_parallel_size=2
+    )
+    devices: Any = [FakeDevice(number // 4, number) for number in range(8)]
+    found = order_by_replica(config, devices)
+    assert [device.number for device in found] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_replicas_that_do_not_divide_a_host_are_refused() -> None:
+    config = EngineConfig("a model", nnodes=2, tensor_parallel_size=2, data_parallel_size=3)
+    devices: Any = [FakeDevice(number // 4, number) for number in range(8)]
+    with pytest.raises(ValueError, match="data_parallel_size 3 does not divide the 4 devices"):
+        order_by_replica(config, devices)
 
 
 def test_a_lost_worker_ends_the_engine_with_its_name_and_the_requests(hosts: Hosts) -> None:

@@ -180,9 +180,3 @@ def test_a_host_without_a_share_is_refused() -> None:
     check_devices(config, [0, 1])
     with pytest.raises(HostsError, match="node 1 of 2 would have nothing to do"):
         check_devices(config, [0, 0, 1, 1])
-
-
-def test_a_replica_that_lies_on_another_host_is_refused() -> None:
-    config = make_config(2, tensor_parallel_size=2, data_parallel_size=2)
-    with pytest.raises(HostsError, match="run an engine on each host instead"):
-        check_devices(config, [0, 0, 1, 1])
