@@ -68,7 +68,8 @@ class Leader:
         self._inboxes: dict[int, queue.Queue[Frame]] = {f.rank: queue.Queue() for f in followers}
         self._loss: str | None = None
         self._is_closing = False
-        self._may_hang = False  # inside a call that may wait for devices of a lost host
+        # A step was sent, and it is not known yet whether it was launched here, too.
+        self._is_launching = False
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._watch, args=(follower,), daemon=True)
@@ -103,7 +104,7 @@ class Leader:
             HostLostError: Naming it, and the unfinished requests.
         """
         if self._loss is not None:
-            self._may_hang = False
+            self._is_launching = False
             raise HostLostError(self._loss, self.unfinished_requests())
 
     def wait(self, array: jax.Array) -> None:
@@ -112,7 +113,7 @@ class Leader:
         Raises:
             HostLostError: If a follower is lost before.
         """
-        self._may_hang = False
+        self._is_launching = False
         while not array.is_ready():  # type: ignore[attr-defined]
             self.check()
             time.sleep(POLL_S)
@@ -120,6 +121,7 @@ class Leader:
             array.block_until_ready()
         except Exception:
             self._expect_loss()
+            self._is_launching = True  # what has failed here may go on elsewhere
             raise
 
     @contextlib.contextmanager
@@ -152,15 +154,15 @@ class Leader:
 
     def _send_step(self, replica: int, inputs: StepInputs) -> None:
         self.check()
-        self._may_hang = True
+        self._is_launching = True
         self._send(encode_step(inputs, replica))
 
     def _send_restore(self, replica: int) -> None:
         """After an error: go on together if the devices are in step, else end together."""
         error = sys.exc_info()[1]
-        if isinstance(error, Exception):
-            self._expect_loss()
-        if error is not None and (self._may_hang or isinstance(error, Exception)):
+        if self._is_launching and error is not None:
+            if isinstance(error, Exception):
+                self._expect_loss()
             self._lose(f"a step has failed on the leader ({type(error).__name__}: {error})")
             self.check()
         self._send(Frame("restore", {"replica": replica}))
@@ -225,7 +227,7 @@ class Leader:
     def _end_if_hanging(self) -> None:
         """End the process if its main thread waits for what will never come."""
         time.sleep(PATIENCE_S)
-        if self._may_hang:
+        if self._is_launching:
             print(
                 f"error: {HostLostError(self._loss or '', self.unfinished_requests())}; this "
                 "process hangs in a collective and is ended",

@@ -161,14 +161,27 @@ def test_a_step_that_failed_on_the_leader_ends_the_engine(
             hooks.on_restore()
 
 
-def test_after_ctrl_c_between_steps_all_go_on(hosts: tuple[Leader, list[Channel]]) -> None:
+def test_ctrl_c_inside_a_launch_ends_the_engine(hosts: tuple[Leader, list[Channel]]) -> None:
+    hooks = hosts[0].hooks()
+    hooks.on_dispatch(STEP)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(HostLostError, match="failed on the leader"):
+            hooks.on_restore()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_after_an_error_between_steps_all_go_on(
+    hosts: tuple[Leader, list[Channel]], kind: type[BaseException]
+) -> None:
     leader, ends = hosts
     hooks = leader.hooks(1)
     hooks.on_dispatch(STEP)
     leader.wait(jnp.zeros(1))
     try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
+        raise kind
+    except kind:
         hooks.on_restore()
     hooks.on_dispatch(STEP)
     for end in ends:
