@@ -274,6 +274,7 @@ class ModelRunner:
 
     def dispatch(self, inputs: StepInputs) -> StepOutputs:
         """Launch a step's programs; returns at once."""
+        self._samplers.note_step()
         shape, is_scored = inputs.shape, inputs.scoring is not None
         self._store_tokens(inputs.num_token_stores)
         hidden: jax.Array | None = None
