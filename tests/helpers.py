@@ -205,7 +205,6 @@ def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **
         engine.runner,
         model_config=engine.model_config,
         eos_token_ids=engine.eos_token_ids,
-        max_in_flight=max_in_flight,
     )
     return other
 

@@ -24,7 +24,6 @@ from jaxengine.engine.block_pool import BlockPool
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.replicas import (
-    Replica,
     ReplicaGroup,
     split_devices,
     startup_text,
@@ -90,7 +89,7 @@ def second(chat_model: Path) -> LLM:
 def pair(llm: LLM, second: LLM) -> Iterator[LLM]:
     """``llm`` and a second one like it as replicas; afterwards nothing may be left over in them."""
     second.reset_prefix_cache()
-    group = ReplicaGroup([Replica.of(llm.engine), Replica.of(second.engine)])
+    group = ReplicaGroup([llm.engine, second.engine])
     both = copy.copy(llm)
     both.engine = group
     yield both
@@ -202,7 +201,7 @@ def test_a_replica_that_fails_ends_all_requests_and_the_group_goes_on(
 def test_a_random_request_gets_the_same_tokens_on_every_replica(llm: LLM, second: LLM) -> None:
     received = []
     for engine in (llm.engine, second.engine):
-        group = ReplicaGroup([Replica.of(engine, seed=3)])
+        group = ReplicaGroup([engine])
         params = SamplingParams(temperature=1.0, max_tokens=10, ignore_eos=True)
         request = group.add_request("a name", PROMPTS[0], params)
         while group.has_unfinished_requests:
@@ -301,7 +300,7 @@ def fake_group(log: list[str], *is_ready: Callable[[], bool]) -> ReplicaGroup:
         runner: Any = FakeRunner(str(number), log, ready)
         ids = frozenset[int]()
         engine = Engine(scheduler, runner, model_config=model, eos_token_ids=ids)
-        replicas.append(Replica.of(engine))
+        replicas.append(engine)
     return ReplicaGroup(replicas)
 
 

@@ -148,7 +148,6 @@ def build_engine(
         model_config=startup.model,
         eos_token_ids=eos_token_ids,
         seed=config.seed,
-        max_in_flight=runner.max_in_flight,
     )
     return engine, startup
 

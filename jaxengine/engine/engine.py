@@ -10,14 +10,14 @@ import hashlib
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxengine.config import ModelConfig
 from jaxengine.engine.model_runner import ModelRunner, PendingStep
 from jaxengine.engine.request import FinishReason, Request
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerOutput, SchedulerStats
 from jaxengine.sampling_params import SamplingParams
-
-MAX_IN_FLIGHT = 2  # the step on the device, and the one behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Engine:
         runner: Computes it.
         model_config: The model served.
         seed: Base of the seeds of requests that bring none.
-        max_in_flight: Steps dispatched before the first one's tokens are read.
     """
 
     def __init__(
@@ -52,14 +51,12 @@ class Engine:
         model_config: ModelConfig,
         eos_token_ids: frozenset[int],
         seed: int = 0,
-        max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.model_config = model_config
         self.eos_token_ids = eos_token_ids
         self._seed = seed
-        self._max_in_flight = max_in_flight
         self._pending: collections.deque[PendingStep] = collections.deque()
         self._in_flight: collections.deque[SchedulerOutput] = collections.deque()
 
@@ -106,31 +103,51 @@ class Engine:
         return self.scheduler.has_unfinished_requests or bool(self._pending)
 
     def step(self) -> StepResult:
-        """Dispatch the next step, then take in the oldest one that must be read now.
+        """Dispatch what can run, then take in the oldest step.
 
         If the device fails, or the user interrupts, every request ends (what the cache holds is
         no longer known), the error goes on to the caller, and the engine can be used again.
         """
         try:
-            scheduled = self.scheduler.schedule()
-            if scheduled is not None:
-                self._in_flight.append(scheduled)
-                self._pending.append(self.runner.execute(scheduled))
-                if len(self._pending) < self._max_in_flight:
-                    return StepResult([], None)
+            self.dispatch()
             if not self._pending:
                 return StepResult([], None)
-            oldest = self._pending.popleft()
-            token_ids = oldest.token_ids()
+            oldest, token_ids = self.read()
         except BaseException:
-            self._give_up_steps()
+            self.give_up_steps()
             raise
-        self._in_flight.popleft()
-        return StepResult(
-            self.scheduler.update_from_output(oldest.scheduler_output, token_ids), oldest
-        )
+        return self.take_in(oldest, token_ids)
 
-    def _give_up_steps(self) -> None:
+    def dispatch(self) -> None:
+        """Dispatch what can run, up to the limit of steps in flight; never waits."""
+        while (scheduled := self.scheduler.schedule()) is not None:
+            self._in_flight.append(scheduled)
+            self._pending.append(self.runner.execute(scheduled))
+
+    @property
+    def has_pending_steps(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._pending)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step is in flight and ``read`` would not wait for it."""
+        if not self._pending:
+            return False
+        return self._pending[0].sampled.token_ids.is_ready()  # type: ignore[attr-defined]
+
+    def read(self) -> tuple[PendingStep, np.ndarray]:
+        """Wait for the oldest step in flight; return it with its token ids."""
+        oldest = self._pending.popleft()
+        return oldest, oldest.token_ids()
+
+    def take_in(self, step: PendingStep, token_ids: np.ndarray) -> StepResult:
+        """Give the scheduler the tokens of a step that was read."""
+        self._in_flight.popleft()
+        outputs = self.scheduler.update_from_output(step.scheduler_output, token_ids)
+        return StepResult(outputs, step)
+
+    def give_up_steps(self) -> None:
         """End all requests and forget the steps in flight, whose results never come."""
         self.scheduler.abort_all()
         while self._in_flight:

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.build import Startup, build_engine
 from jaxengine.engine.engine import Engine, StepResult
-from jaxengine.engine.model_runner import PendingStep, RunnerHooks
+from jaxengine.engine.model_runner import RunnerHooks
 from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.request import Request
 from jaxengine.engine.scheduler_output import SchedulerStats
@@ -27,55 +26,6 @@ POLL_S = 50e-6  # hidden behind the second step in flight, which the device goes
 PATIENCE_S = 5.0  # then ``read`` is to say whether a step will ever be done
 
 
-class Replica(Engine):
-    """An engine whose step is cut into three parts, of which only ``read`` waits."""
-
-    @classmethod
-    def of(cls, engine: Engine, seed: int = 0) -> "Replica":
-        """Take over the parts of an idle engine."""
-        return cls(
-            engine.scheduler,
-            engine.runner,
-            model_config=engine.model_config,
-            eos_token_ids=engine.eos_token_ids,
-            seed=seed,
-            max_in_flight=engine.scheduler.max_in_flight,
-        )
-
-    @property
-    def has_pending_steps(self) -> bool:
-        """Whether a step is in flight."""
-        return bool(self._pending)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a step is in flight and ``read`` would not wait for it."""
-        if not self._pending:
-            return False
-        return self._pending[0].sampled.token_ids.is_ready()  # type: ignore[attr-defined]
-
-    def dispatch(self) -> None:
-        """Dispatch what can run, up to the limit of steps in flight; never waits."""
-        while (scheduled := self.scheduler.schedule()) is not None:
-            self._in_flight.append(scheduled)
-            self._pending.append(self.runner.execute(scheduled))
-
-    def read(self) -> tuple[PendingStep, np.ndarray]:
-        """Wait for the oldest step in flight; return it with its token ids."""
-        oldest = self._pending.popleft()
-        return oldest, oldest.token_ids()
-
-    def take_in(self, step: PendingStep, token_ids: np.ndarray) -> StepResult:
-        """Give the scheduler the tokens of a step that was read."""
-        self._in_flight.popleft()
-        outputs = self.scheduler.update_from_output(step.scheduler_output, token_ids)
-        return StepResult(outputs, step)
-
-    def give_up_steps(self) -> None:
-        """End all requests and forget the steps in flight; the replica can be used again."""
-        self._give_up_steps()
-
-
 class ReplicaGroup:
     """Replicas of a model, used like one Engine.
 
@@ -83,7 +33,7 @@ class ReplicaGroup:
         replicas: Equal but for their devices; at least one.
     """
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[Engine]) -> None:
         self.replicas = tuple(replicas)
         self._router = ReplicaRouter(len(replicas))
         # The one that was read longest ago comes first, so none is passed over for ever.
@@ -159,7 +109,7 @@ class ReplicaGroup:
         self._router.record(result.outputs)
         return result
 
-    def _wait_for_any(self) -> Replica | None:
+    def _wait_for_any(self) -> Engine | None:
         """Return a replica whose oldest step is done; None if no step is in flight.
 
         If all of them take very long, it returns one whose step is not done.
@@ -241,7 +191,7 @@ def build_replicas(
         split_devices(config, order_by_replica(config, jax.devices()))
     ):
         engine, startup = build_engine(config, checkpoint, eos_token_ids, devices, hooks_of(number))
-        replicas.append(Replica.of(engine, config.seed))
+        replicas.append(engine)
         startups.append(startup)
     return ReplicaGroup(replicas), startups
 

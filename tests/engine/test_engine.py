@@ -83,7 +83,8 @@ def test_under_stress_every_request_gets_the_tokens_it_gets_alone(
 def test_a_step_is_dispatched_before_the_tokens_of_the_last_are_read(llm: LLM) -> None:
     engine = with_scheduler(llm, max_in_flight=2).engine
     engine.add_request("0", [10, 11, 12], greedy(3))
-    assert engine.step().step is None  # dispatched, not read
+    engine.dispatch()
+    assert engine.scheduler.num_in_flight == 2  # the prompt's step and the next, none read
     results = [engine.step() for _ in range(3)]
     found = [[output.new_token_ids for output in result.outputs] for result in results]
     assert [len(tokens) for tokens in found] == [1, 1, 1]
