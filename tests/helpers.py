@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +211,24 @@ def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **
         eos_token_ids=engine.eos_token_ids,
     )
     return other
+
+
+def run_on_virtual_devices(module: str, *args: Path | str) -> Any:
+    """Run a program on 8 virtual CPU devices; return the JSON that it prints last.
+
+    The number of devices is fixed when jax starts, so it is a process of its own.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def assert_idle(llm: LLM) -> None:

@@ -3,10 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +34,7 @@ from tests.helpers import (
     make_llm,
     output_ids,
     random_prompts,
+    run_on_virtual_devices,
     save_tiny_chat_model,
 )
 from tests.replicas_run import LAYOUTS, PROMPTS
@@ -48,17 +45,7 @@ from tests.replicas_run import LAYOUTS, PROMPTS
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     model = save_tiny_chat_model(tmp_path_factory.mktemp("replicated"), num_hidden_layers=2)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.replicas_run", model],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_virtual_devices("tests.replicas_run", model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])

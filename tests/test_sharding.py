@@ -1,16 +1,12 @@
 """Tensor and pipeline parallelism on 8 virtual devices: same tokens, each device its share."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxengine.sharding import check_tensor_parallel_size, split_layers
-from tests.helpers import hf_greedy, make_llm, save_tiny_chat_model
+from tests.helpers import hf_greedy, make_llm, run_on_virtual_devices, save_tiny_chat_model
 from tests.sharded_run import MESHES, NUM_TOKENS, PROMPTS, REPLICAS, name_of
 
 V, D, F, N, K, H, L = 160, 64, 96, 8, 2, 8, 5
@@ -32,17 +28,7 @@ def sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(sharded_model: Path) -> dict[str, dict[str, Any]]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sharded_run", sharded_model],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_virtual_devices("tests.sharded_run", sharded_model)
 
 
 @pytest.fixture(scope="module")
