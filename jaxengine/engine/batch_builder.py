@@ -39,7 +39,7 @@ class BatchBuilder:
         """
         rows = step.rows
         packed = np.zeros(shape.packed_size, np.int32)
-        parts = _views(shape, packed)
+        parts = packed_views(shape, packed)
         n = len(rows)
         _fill_token_ids(parts["token_ids"], step)
         parts["slots"][:n] = [row.request.slot for row in rows]
@@ -69,7 +69,8 @@ class BatchBuilder:
         return None
 
 
-def _views(shape: StepShape, packed: np.ndarray) -> dict[str, np.ndarray]:
+def packed_views(shape: StepShape, packed: np.ndarray) -> dict[str, np.ndarray]:
+    """The named parts of a packed vector, to be read or filled in place."""
     views, start = {}, 0
     for name, size in shape.fields().items():
         views[name] = packed[start : start + size]

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxengine.batch import StepShape
-from jaxengine.engine.batch_builder import BatchBuilder
+from jaxengine.engine.batch_builder import BatchBuilder, packed_views
 from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.logprobs import TokenLogprobs
 from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored, scoring_inputs
@@ -142,8 +142,9 @@ class ModelRunner:
         self.sampling_state = SamplingState(max_num_seqs, vocab_size)
         # Steps whose tokens the last stage has and the first one has not: targets and token ids.
         # Of more than max_in_flight steps the host knows the tokens and sends them.
-        self._unstored = _recent(max_in_flight)
-        self._unstored_slots = _recent(max_in_flight)  # the same on the scheduling side
+        self._unstored: collections.deque = collections.deque(maxlen=max_in_flight)
+        # The same on the scheduling side: the slots of each.
+        self._unstored_slots: collections.deque = collections.deque(maxlen=max_in_flight)
 
     @property
     def compile_seconds(self) -> dict[StepShape, float]:
@@ -190,7 +191,14 @@ class ModelRunner:
 
         Before ``start``: XLA tries out matrix products while there is memory for it.
         """
-        programs = [(stage, shape) for shape in self._buckets.all_shapes() for stage in self.stages]
+        programs = [
+            (stage, shape)
+            for shape in self._buckets.all_shapes()
+            for stage in self.stages
+            if not stage.has_program(shape)
+        ]
+        if not programs:
+            return
         max_workers = max(1, (os.cpu_count() or 2) - 1)
         with (
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
@@ -243,10 +251,9 @@ class ModelRunner:
         shape = self._buckets.choose(step.num_scheduled_tokens, len(step.rows))
         variant, _, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
         packed, overflow = self._builder.build(step, shape, is_greedy=variant == GREEDY)
-        targets = np.full(shape.num_rows, self._max_num_seqs, np.int32)
-        for index, row in enumerate(step.rows):
-            if row.samples_token:
-                targets[index] = row.request.slot
+        parts = packed_views(shape, packed)
+        targets = np.where(parts["samples_token"] > 0, parts["slots"], self._max_num_seqs)
+        targets = targets.astype(np.int32)
         scores_prompts = any(map(is_scored, step.rows))
         return StepInputs(
             shape=shape,
@@ -321,11 +328,3 @@ class ModelRunner:
             targets, token_ids = self._unstored.popleft()
             token_ids = self._links[0](token_ids)
             first.last_tokens = store_tokens(first.last_tokens, targets, token_ids)
-
-    def program(self, shape: StepShape) -> jax.stages.Compiled:
-        """Return the compiled forward step of a shape through the first stage."""
-        return self.stages[0].program(shape)
-
-
-def _recent(max_in_flight: int) -> collections.deque:
-    return collections.deque(maxlen=max_in_flight)

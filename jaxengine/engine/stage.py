@@ -136,6 +136,10 @@ class Stage:
             self.compile_seconds[shape] = time.perf_counter() - started
         return self._programs[key]
 
+    def has_program(self, shape: StepShape) -> bool:
+        """Whether the forward step of a shape is compiled."""
+        return (shape, False) in self._programs
+
     def step_bytes(self, shape: StepShape) -> int:
         """Temporaries and outputs of a step as XLA reports them, in bytes on one device."""
         analysis: Any = self.program(shape).memory_analysis()

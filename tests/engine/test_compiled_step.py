@@ -37,7 +37,7 @@ def large_cache_llm(chat_model: Any) -> LLM:
 
 @SHAPES
 def test_the_step_updates_the_cache_in_place(large_cache_llm: LLM, shape: StepShape) -> None:
-    compiled = large_cache_llm.engine.runner.program(shape)
+    compiled = large_cache_llm.engine.runner.stages[0].program(shape)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= CACHE_BYTES
     assert memory.temp_size_in_bytes < CACHE_BYTES / 50
@@ -119,7 +119,7 @@ def test_layers_of_a_kind_are_traced_once(chat_model: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(DecoderLayer, "__call__", count)
     llm = make_llm(chat_model, num_gpu_blocks_override=77)  # a cache not traced before
-    llm.engine.runner.program(MIXED)
+    llm.engine.runner.stages[0].program(MIXED)
     assert len(calls) == 1
 
 
