@@ -1,0 +1,161 @@
+"""Time the matrix products of a model's step, next to what memory and tensor cores give.
+
+    python -m benchmarks.products --model benchmarks/models/llama-3.1-8b
+    python -m benchmarks.products --tiny    # seconds on a CPU, to try the script
+
+Each shape is timed with XLA's own choice of kernel ("XLA") and with cuBLASLt only. Weights and rows
+are random, as tensor cores run faster on constant numbers, and every product of a run has a weight
+of its own, so that the L2 cache does not answer for the memory. The floor of a product is the
+larger of its bytes at the read rate and its arithmetic at the product rate. Prints a table, for
+each number of rows the sum over a step, and last one JSON line.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from benchmarks.device_rates import device_rates, seconds_per_run
+from benchmarks.records import ROOT, Record, publish, run_record
+from jaxengine.config import ModelConfig
+
+ROWS = (8, 64, 128, 256, 512, 1024, 16384)
+MIN_WEIGHT_BYTES = 512 << 20  # of the weights of one run; an H200's L2 cache holds 60 MB
+MAX_PRODUCTS = 32
+VARIANTS: dict[str, dict[str, bool]] = {
+    "XLA": {},
+    "cuBLASLt": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return out and in of a decoder layer's four products and of the output projection."""
+    heads = model.num_heads * model.head_dim
+    keys_and_values = 2 * model.num_kv_heads * model.head_dim
+    return {
+        "qkv": (heads + keys_and_values, model.hidden_size),
+        "o": (model.hidden_size, heads),
+        "gate_up": (2 * model.intermediate_size, model.hidden_size),
+        "down": (model.hidden_size, model.intermediate_size),
+        "logits": (model.vocab_size, model.hidden_size),
+    }
+
+
+def time_product(num_rows: int, shape: tuple[int, int], options: dict[str, str | bool]) -> float:
+    """Return the seconds of ``[rows, in] @ [out, in]^T`` in bf16, many in one program."""
+    num_out, num_in = shape
+    weight_bytes = 2 * num_out * num_in
+    count = max(2, min(MAX_PRODUCTS, MIN_WEIGHT_BYTES // weight_bytes))
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    keys = jax.random.split(jax.random.key(0), count)
+    weights = [draw(key, shape, jnp.bfloat16) for key in keys]
+    rows = draw(jax.random.key(1), (num_rows, num_in), jnp.bfloat16)
+
+    def run(rows: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+        outputs = []
+        for weight in weights:
+            # The barrier keeps XLA from joining products of the same rows into one.
+            rows, weight = jax.lax.optimization_barrier((rows, weight))
+            outputs.append(jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ()))))
+        return outputs
+
+    is_gpu = jax.default_backend() == "gpu"
+    program = jax.jit(run).lower(rows, weights).compile(options if is_gpu else {})
+    return seconds_per_run(program, rows, weights) / count
+
+
+def time_products(
+    model: ModelConfig, row_counts: Sequence[int], rates: dict[str, float]
+) -> Iterator[Record]:
+    """Yield a record for each number of rows, product and variant."""
+    products = layer_products(model)
+    with tqdm(total=len(row_counts) * len(products) * len(VARIANTS), desc="products") as bar:
+        for num_rows in row_counts:
+            for name, (num_out, num_in) in products.items():
+                # Only rows that sample need logits: a long step has as many as max_num_seqs.
+                used_rows = min(num_rows, 1024) if name == "logits" else num_rows
+                num_bytes = 2 * (num_out * num_in + used_rows * (num_out + num_in))
+                flops = 2 * used_rows * num_out * num_in
+                floor = max(
+                    num_bytes / rates["memory_gb_s"] / 1e9, flops / rates["dot_tflop_s"] / 1e12
+                )
+                for variant, options in VARIANTS.items():
+                    seconds = time_product(used_rows, (num_out, num_in), options)
+                    bar.update()
+                    yield {
+                        "rows": num_rows,
+                        "product": name,
+                        "variant": variant,
+                        "us": round(seconds * 1e6, 2),
+                        "gb_s": round(num_bytes / seconds / 1e9, 1),
+                        "tflop_s": round(flops / seconds / 1e12, 2),
+                        "floor_us": round(floor * 1e6, 2),
+                    }
+
+
+def step_sums(model: ModelConfig, records: list[Record]) -> list[Record]:
+    """Add up the products of a step, all layers and the logits, for each number of rows."""
+    sums = []
+    for num_rows in sorted({record["rows"] for record in records}):
+        for variant in VARIANTS:
+            chosen = [r for r in records if (r["rows"], r["variant"]) == (num_rows, variant)]
+            counts = [1 if r["product"] == "logits" else model.num_layers for r in chosen]
+            ms, floor_ms = (
+                sum(n * r[key] for n, r in zip(counts, chosen, strict=True)) / 1e3
+                for key in ("us", "floor_us")
+            )
+            sums.append(
+                {
+                    "rows": num_rows,
+                    "variant": variant,
+                    "ms": round(ms, 3),
+                    "floor_ms": round(floor_ms, 3),
+                }
+            )
+    return sums
+
+
+def measure(
+    model: ModelConfig, rates: dict[str, float], row_counts: Sequence[int]
+) -> dict[str, Any]:
+    """Time the products of a model's steps, print the tables and return what they show."""
+    records = []
+    for record in time_products(model, row_counts, rates):
+        tqdm.write(
+            f"{record['rows']:6} rows {record['product']:8} {record['variant']:9}"
+            f"{record['us']:10.1f} us {record['gb_s']:7,.0f} GB/s {record['tflop_s']:7.1f} TFLOP/s "
+            f"{record['floor_us'] / record['us']:6.1%} of the floor's speed"
+        )
+        records.append(record)
+    sums = step_sums(model, records)
+    for each in sums:
+        print(
+            f"a step of {each['rows']:6} rows, {each['variant']:9}{each['ms']:9.2f} ms, "
+            f"floor {each['floor_ms']:.2f} ms"
+        )
+    return {"products": records, "steps": sums}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/models/llama-3.1-8b")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--tiny", action="store_true", help="a model that a CPU runs in seconds")
+    parser.add_argument("--output", type=Path, help="append the JSON line to this file")
+    args = parser.parse_args()
+    directory = ROOT / "benchmarks/models/tiny-llama" if args.tiny else args.model
+    hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model = ModelConfig.from_hf(hf_config, "bfloat16")
+    rates = device_rates(args.tiny)
+    record = run_record(directory, model.dtype, "products") | rates
+    row_counts = (4, 16) if args.tiny else args.rows
+    publish([record | measure(model, rates, row_counts)], args.output)
+
+
+if __name__ == "__main__":
+    main()
