@@ -411,8 +411,16 @@ def _parse_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
 
 
 def _as_token_ids(values: Any) -> list[int]:
-    """Bring token ids, numpy's too, into a list of Python's integers."""
+    """Bring token ids, numpy's too, into a list of Python's integers.
+
+    Asking each number whether it is an ``Integral`` costs more than all the rest of a long prompt,
+    so that is left to sequences that hold anything else than plain integers.
+    """
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
+        return values.tolist()
     is_sequence = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
+    if is_sequence and set(map(type, values)) <= {int}:
+        return list(values)
     if not is_sequence or not all(isinstance(token_id, Integral) for token_id in values):
         raise ValueError(
             f"a prompt must be text, token ids (integers) or a dict of them, got {values!r:.200}"
