@@ -3,9 +3,10 @@
 A persistent program per SM walks a list of items: one tile of query tokens (ragged_tiles.py) for
 one pair of query heads of a KV head, or, where the group is odd, a tile twice as long for one
 head. A producer warpgroup copies the query tiles and, block by block through the block table, the
-K/V tiles into a ring in shared memory, and runs ahead over the ends of items. Two consumer
-warpgroups of 64 matrix rows each take turns at the tensor core: while one multiplies, the other
-computes its softmax; within a warpgroup, Q @ K of one tile overlaps P @ V of the tile before.
+K/V tiles into a ring in shared memory, and runs ahead over the ends of items; as issuing many small
+copies takes time, two of its warps share the keys and two the values. Two consumer warpgroups of 64
+matrix rows each take turns at the tensor core: while one multiplies, the other computes its
+softmax; within a warpgroup, Q @ K of one tile overlaps P @ V of the tile before.
 Source: FlashAttention-3, arXiv:2407.08608, Algorithms 1 and 2 and section 3.1.
 Limits: bfloat16 or float16; head_dim 64, 128 or 256; a block_size that divides the K/V tile or is
 a multiple of it; else NotImplementedError.
@@ -30,6 +31,7 @@ LOWEST = -1e30
 ROWS = 64  # matrix rows of a warpgroup: the M of wgmma
 CONSUMERS = 2
 PRODUCER = CONSUMERS  # index of the warpgroup
+PRODUCER_PARTS = 2  # warps that share the keys, and as many the values; one for each consumer's Q
 ROW_ALIGNMENT = 8  # rows of a swizzled tile in shared memory: TMA copies whole ones
 # K/V bytes that programs running at the same time may share: half of the 50 MB of an H100's L2.
 SHARED_KV_BYTES = 24 << 20
@@ -117,13 +119,11 @@ class _Refs(NamedTuple):
     done: Any
 
 
-def default_config(head_dim: int, block_size: int) -> RaggedMosaicConfig:
+def default_config(head_dim: int) -> RaggedMosaicConfig:
     """Return the configuration for Hopper, as measured on an H200 (benchmarks/LOG.md)."""
-    if head_dim == 128 and block_size <= 16:  # many small copies: short tiles, more of them
-        return RaggedMosaicConfig(tile_kv=64, num_stages=4, take_turns=False)
-    if head_dim <= 128:
-        return RaggedMosaicConfig(tile_kv=128, num_stages=2, take_turns=True)
-    return RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=False)
+    if head_dim > 128:
+        return RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=False)
+    return RaggedMosaicConfig(tile_kv=128, num_stages=2, take_turns=head_dim < 128)
 
 
 def ragged_attention_mosaic(
@@ -170,7 +170,7 @@ def ragged_attention_mosaic(
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
-    config = config or default_config(head_dim, k_cache.shape[2])
+    config = config or default_config(head_dim)
     _check_supported(q, k_cache, v_cache, config)
     padding = -q.shape[0] % ROW_ALIGNMENT
     q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
@@ -388,73 +388,88 @@ def _query_slice(problem: _Problem, item: _Item, warpgroup: Any) -> tuple[jax.Ar
 
 
 def _produce(problem: _Problem, refs: _Refs) -> None:
+    def start_warp(warp: jax.Array) -> None:
+        for is_key in (True, False):
+            for part in range(PRODUCER_PARTS):
+
+                @pl.when(warp == (0 if is_key else PRODUCER_PARTS) + part)
+                def _(is_key: bool = is_key, part: int = part) -> None:
+                    _produce_part(problem, refs, is_key=is_key, part=part)
+
+    plgpu.warp_map(start_warp)
+
+
+def _produce_part(problem: _Problem, refs: _Refs, *, is_key: bool, part: int) -> None:
+    """Copy every PRODUCER_PARTS-th block of the K or V tiles; with keys, a consumer's queries."""
     config = problem.config
-    copies = max(1, config.tile_kv // problem.block_size)
-    blocks_per_tile = max(1, config.tile_kv // problem.block_size)
+    source, ring_s, full, free = (
+        (refs.k, refs.k_s, refs.k_full, refs.k_free)
+        if is_key
+        else (refs.v, refs.v_s, refs.v_full, refs.v_free)
+    )
+    parts = range(part, max(1, config.tile_kv // problem.block_size), PRODUCER_PARTS)
+
+    def load_queries(i: jax.Array, item: _Item) -> None:
+        token, head = _query_slice(problem, item, part)
+
+        @pl.when(i > 0)
+        def _() -> None:
+            plgpu.barrier_wait(refs.q_free.at[part])
+
+        plgpu.copy_gmem_to_smem(
+            refs.q.at[pl.ds(token, ROWS), head], refs.q_s.at[part], refs.q_full.at[part]
+        )
 
     def visit(i: jax.Array, item: _Item, position_in_ring: jax.Array) -> jax.Array:
-        for consumer in range(CONSUMERS):
-            token, head = _query_slice(problem, item, consumer)
-
-            @pl.when(i > 0)
-            def _(consumer: int = consumer) -> None:
-                plgpu.barrier_wait(refs.q_free.at[consumer])
-
-            plgpu.copy_gmem_to_smem(
-                refs.q.at[pl.ds(token, ROWS), head],
-                refs.q_s.at[consumer],
-                refs.q_full.at[consumer],
-            )
+        if is_key:
+            load_queries(i, item)
         # The last tile may overhang the row: its table entries are read no further.
         last_key = jnp.maximum(item.position + item.num_tokens - 1, 0)
         last_block = lax.div(last_key, jnp.int32(problem.block_size))
 
-        def load_tile(j: jax.Array, ring: jax.Array) -> jax.Array:
+        def block_ids_of(tile: jax.Array) -> tuple[jax.Array, ...]:
+            first_block = lax.div(tile * config.tile_kv, jnp.int32(problem.block_size))
+            return tuple(
+                refs.block_tables[item.row, jnp.clip(first_block + b, 0, last_block)] for b in parts
+            )
+
+        def load_tile(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            ring, *block_ids = carry
             tile = item.last - 1 - j
             slot = lax.rem(ring, jnp.int32(config.num_stages))
-            first_key = tile * config.tile_kv
-            first_block = lax.div(first_key, jnp.int32(problem.block_size))
-            block_ids = [
-                refs.block_tables[item.row, jnp.minimum(first_block + b, last_block)]
-                for b in range(blocks_per_tile)
-            ]
+            # Those of the next tile, so that their way from memory passes beside this one's copies.
+            next_ids = block_ids_of(tile - 1)
 
-            def load(source: Any, target: Any, full: Any, free: Any) -> None:
-                @pl.when(ring >= config.num_stages)
-                def _() -> None:
-                    plgpu.barrier_wait(free.at[slot])
+            @pl.when(ring >= config.num_stages)
+            def _() -> None:
+                plgpu.barrier_wait(free.at[slot])
 
+            for b, block_id in zip(parts, block_ids, strict=True):
                 if problem.block_size > config.tile_kv:
-                    offset = lax.rem(first_key, jnp.int32(problem.block_size))
-                    rows = pl.ds(offset, config.tile_kv)
-                    plgpu.copy_gmem_to_smem(
-                        source.at[block_ids[0], item.kv_head, rows], target.at[slot], full.at[slot]
-                    )
-                    return
-                for b in range(copies):
+                    offset = lax.rem(tile * config.tile_kv, jnp.int32(problem.block_size))
+                    block = source.at[block_id, item.kv_head, pl.ds(offset, config.tile_kv)]
+                    plgpu.copy_gmem_to_smem(block, ring_s.at[slot], full.at[slot])
+                else:
                     rows = pl.ds(b * problem.block_size, problem.block_size)
-                    plgpu.copy_gmem_to_smem(
-                        source.at[block_ids[b], item.kv_head], target.at[slot, rows], full.at[slot]
-                    )
+                    block = source.at[block_id, item.kv_head]
+                    plgpu.copy_gmem_to_smem(block, ring_s.at[slot, rows], full.at[slot])
+            return ring + 1, *next_ids
 
-            load(refs.k, refs.k_s, refs.k_full, refs.k_free)
-            load(refs.v, refs.v_s, refs.v_full, refs.v_free)
-            return ring + 1
-
-        return lax.fori_loop(0, item.last - item.first, load_tile, position_in_ring)
+        start = position_in_ring, *block_ids_of(item.last - 1)
+        ring, *_ = lax.fori_loop(0, item.last - item.first, load_tile, start)
+        return ring
 
     num_loaded = _for_each_item(problem, refs, visit, jnp.int32(0))
 
     # Every completion of a barrier has to be awaited before the program ends.
-    @pl.when(num_loaded > 0)
-    def _() -> None:
-        for consumer in range(CONSUMERS):
-            plgpu.barrier_wait(refs.q_free.at[consumer])
+    if is_key:
+
+        @pl.when(num_loaded > 0)
+        def _() -> None:
+            plgpu.barrier_wait(refs.q_free.at[part])
 
     def drain(ring: jax.Array, _: None) -> None:
-        slot = lax.rem(ring, jnp.int32(config.num_stages))
-        plgpu.barrier_wait(refs.k_free.at[slot])
-        plgpu.barrier_wait(refs.v_free.at[slot])
+        plgpu.barrier_wait(free.at[lax.rem(ring, jnp.int32(config.num_stages))])
 
     lax.fori_loop(jnp.maximum(num_loaded - config.num_stages, 0), num_loaded, drain, None)
 
