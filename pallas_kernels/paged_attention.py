@@ -120,10 +120,12 @@ def paged_attention(
         ),
         options,
     )
-    # Each side is 0 where the other has its tokens, so only the first tokens are touched.
+    # A scatter, as XLA does it in place, which it does not do with where() or a sum of the two.
     # (The barrier keeps XLA from fusing the update into a kernel call, which fails for Mosaic.)
     ragged = jax.lax.optimization_barrier(ragged)
-    return jax.lax.dynamic_update_slice(ragged, ragged[:rows] + decoded, (0, 0, 0))
+    row = jnp.arange(rows)
+    token = jnp.where(row < num_decode_rows, row, q.shape[0] + row)  # past the end: not written
+    return ragged.at[token].set(decoded, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
 def _order(implementation: str | None, gpu_order: Sequence[str]) -> Sequence[str]:
