@@ -15,6 +15,7 @@ from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
+from jaxengine.engine.program_cache import ProgramCache, cache_directory
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.stage import Stage
 from jaxengine.engine.step import StageParts
@@ -300,7 +301,20 @@ def _build_stage(
         hidden_size=model.hidden_size,
         max_num_seqs=limits.max_num_seqs,
         max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
+        program_cache=_program_cache(parts, (model, options, definition, specs)),
     )
+
+
+def _program_cache(parts: StageParts, facts: Sequence[object]) -> ProgramCache | None:
+    """Return where a stage's steps are kept; None on a CPU, which compiles when it must.
+
+    With several hosts jax's cache serves alone: what one of them has, all must have.
+    """
+    directory = cache_directory()
+    if directory is None or parts.is_on_cpu or jax.process_count() > 1:
+        return None
+    facts = (*facts, parts.layers, parts.is_first, parts.is_last)
+    return ProgramCache(directory, list(parts.mesh.devices.flat), facts)
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:

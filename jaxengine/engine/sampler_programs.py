@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxengine.engine.compiler_options import compiler_options
 from jaxengine.engine.sampler import SamplerOutput, sample_packed
 from jaxengine.engine.sampling_inputs import PackedLayout, SamplerVariant
 from jaxengine.sharding import replicated
@@ -113,4 +114,4 @@ class SamplerPrograms:
             layout=layout,
             variant=variant,
         )
-        return lowered.compile()
+        return lowered.compile(compiler_options(self._mesh.devices.flat[0].platform))

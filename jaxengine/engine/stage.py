@@ -12,8 +12,10 @@ import numpy as np
 
 from jaxengine.batch import StepShape
 from jaxengine.engine.batch_builder import TableUpdates
+from jaxengine.engine.compiler_options import CompilerOptions, compiler_options
 from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.step import StageParts, apply_table_updates, compiler_options, make_forward
+from jaxengine.engine.program_cache import ProgramCache
+from jaxengine.engine.step import StageParts, apply_table_updates, make_forward
 from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
 
@@ -29,6 +31,7 @@ class Stage:
         hidden_size: D, of what it hands to the next stage.
         max_num_seqs: Slots of device-side state.
         max_blocks_per_seq: Width of the block tables.
+        program_cache: Keeps the compiled steps between runs; None for jax's own cache alone.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Stage:
         hidden_size: int,
         max_num_seqs: int,
         max_blocks_per_seq: int,
+        program_cache: ProgramCache | None = None,
     ) -> None:
         self.parts = parts
         self.cache_spec = cache_spec
@@ -48,6 +52,7 @@ class Stage:
         self._max_num_seqs = max_num_seqs
         self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
         self.num_blocks = 0
+        self._program_cache = program_cache
         self._programs: dict[tuple[StepShape, bool], jax.stages.Compiled] = {}
 
     @property
@@ -132,7 +137,7 @@ class Stage:
         key = (shape, returns_hidden)
         if key not in self._programs:
             started = time.perf_counter()
-            self._programs[key] = self._compile(shape, returns_hidden)
+            self._programs[key] = self._load_or_compile(shape, returns_hidden)
             self.compile_seconds[shape] = time.perf_counter() - started
         return self._programs[key]
 
@@ -146,7 +151,21 @@ class Stage:
         outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return analysis.temp_size_in_bytes + max(outputs, 0)
 
-    def _compile(self, shape: StepShape, returns_hidden: bool) -> jax.stages.Compiled:
+    def _load_or_compile(self, shape: StepShape, returns_hidden: bool) -> jax.stages.Compiled:
+        cache = self._program_cache
+        options = compiler_options(self.parts.platform, shape.num_tokens)
+        if cache is None:
+            return self._compile(shape, returns_hidden, options)
+        state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
+        facts = (*state, shape, returns_hidden, options)
+        if (program := cache.load(facts)) is None:
+            program = self._compile(shape, returns_hidden, options)
+            cache.store(facts, program)
+        return program
+
+    def _compile(
+        self, shape: StepShape, returns_hidden: bool, options: CompilerOptions
+    ) -> jax.stages.Compiled:
         parts = self.parts
         mesh = parts.mesh
         forward = make_forward(
@@ -168,5 +187,4 @@ class Stage:
             zeros(jnp.int32, shape.packed_size),
             *([] if parts.is_first else [hidden]),
         )
-        platform = mesh.devices.flat[0].platform
-        return lowered.compile(compiler_options=compiler_options(shape, platform))
+        return lowered.compile(options)

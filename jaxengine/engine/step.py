@@ -22,8 +22,6 @@ from jaxengine.engine.sampler import argmax
 from jaxengine.models.decoder import LayerCaches
 from jaxengine.weights import ParamSpec, merge_params
 
-TRITON_GEMM_MAX_TOKENS = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class StageParts:
@@ -53,9 +51,14 @@ class StageParts:
         return (own or jax.local_devices())[0]
 
     @property
+    def platform(self) -> str:
+        """Of its devices: "gpu" or "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def is_on_cpu(self) -> bool:
         """Whether its devices are CPUs."""
-        return self.mesh.devices.flat[0].platform == "cpu"
+        return self.platform == "cpu"
 
 
 def make_forward(
@@ -134,18 +137,6 @@ def make_prompt_scorer(num_logprobs: int, *, parts: StageParts) -> Callable:
             check_vma=False,
         )
     )
-
-
-def compiler_options(shape: StepShape, platform: str) -> dict[str, bool]:
-    """XLA options for a shape.
-
-    With more than a few rows cuBLASLt's products are as fast as the ones XLA writes in Triton, and
-    the search among them takes 2.6 s instead of 4.2 s a program. With few rows Triton's are 4 to
-    8 % faster (measured with Llama-3.1-8B, benchmarks/LOG.md).
-    """
-    if platform != "gpu" or shape.num_tokens <= TRITON_GEMM_MAX_TOKENS:
-        return {}
-    return {"xla_gpu_enable_triton_gemm": False}
 
 
 @functools.partial(jax.jit, donate_argnums=0)

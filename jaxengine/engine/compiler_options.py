@@ -1,0 +1,29 @@
+"""What XLA is told about a program beside its operations. Figures are in benchmarks/LOG.md."""
+
+CompilerOptions = dict[str, bool | str]
+
+TRITON_GEMM_MAX_TOKENS = 32
+
+
+def compiler_options(platform: str, num_tokens: int = 0) -> CompilerOptions:
+    """Return XLA's options for a program.
+
+    On a GPU most of the time goes into trying out kernels. What is left out of that:
+
+    - variants of fused element-wise kernels and reductions, which are no faster,
+    - the comparison of the results of matrix products, which are NVIDIA's (level 2 instead of 4),
+    - products that XLA writes in Triton, but for few rows, where they are 4 to 8 % faster.
+
+    Args:
+        platform: Of the devices, ``"gpu"`` or ``"cpu"``.
+        num_tokens: Rows of the program's matrix products; 0 if it has none.
+    """
+    if platform != "gpu":
+        return {}
+    options: CompilerOptions = {
+        "xla_gpu_experimental_enable_fusion_autotuner": False,
+        "xla_gpu_autotune_level": "2",
+    }
+    if num_tokens > TRITON_GEMM_MAX_TOKENS:
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options

@@ -1,0 +1,120 @@
+"""Compiled steps kept on disk between runs.
+
+jax's own compilation cache is asked with a lowered program, and tracing and lowering a step takes
+longer than loading the result: 0.3 to 0.5 s a step, one after the other. This one is asked with
+what the program is made from: the source code, the versions, the devices, the model, the shape.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("jaxengine", "pallas_kernels")
+LIBRARIES = ("jax", "flax", "numpy")  # what traces and lowers; XLA names itself
+TRACING_FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+
+
+class ProgramCache:
+    """A directory of compiled programs.
+
+    Loading one runs what the file says, as with any compilation cache: the directory must be as
+    trusted as the program itself.
+
+    Args:
+        directory: Made when the first program is stored.
+        devices: Those that the programs run on, all of this process.
+        facts: What all of the programs depend on, beside the source code, the versions, the
+            devices and XLA's flags; each must print the same in every process.
+    """
+
+    def __init__(
+        self, directory: Path, devices: Sequence[jax.Device], facts: Sequence[object]
+    ) -> None:
+        self._directory = directory
+        self._devices = list(devices)
+        self._has_failed = False
+        self._digest = _digest(
+            source_digest(),
+            [importlib.metadata.version(name) for name in LIBRARIES],
+            devices[0].client.platform_version,
+            [(device.id, device.device_kind) for device in devices],
+            os.environ.get("XLA_FLAGS"),
+            [jax.config.values[name] for name in TRACING_FLAGS],
+            *facts,
+        )
+
+    def path(self, facts: Sequence[object]) -> Path:
+        """Where a program lies that depends on ``facts`` too."""
+        return self._directory / f"{_digest(self._digest, *facts)}.step"
+
+    def load(self, facts: Sequence[object]) -> jax.stages.Compiled | None:
+        """Return the program; None if it was never stored, or cannot be read any more."""
+        path = self.path(facts)
+        try:
+            executable, in_tree, out_tree = pickle.loads(path.read_bytes())
+            return serialize_executable.deserialize_and_load(
+                executable,
+                in_tree,
+                out_tree,
+                backend=self._devices[0].client,
+                execution_devices=self._devices,
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # whatever a damaged file leads to: it can be made again
+            logger.warning("%s cannot be loaded (%s): compiling the step anew", path, error)
+            return None
+
+    def store(self, facts: Sequence[object], program: jax.stages.Compiled) -> None:
+        """Keep a program; if that fails (a full or read-only disk), say so and try no more."""
+        if self._has_failed:
+            return
+        path = self.path(facts)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            serialized = pickle.dumps(serialize_executable.serialize(program))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(serialized)
+            part.replace(path)  # at once: another process may be reading
+        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            self._has_failed = True
+            logger.warning("compiled steps cannot be kept in %s: %s", self._directory, error)
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def cache_directory() -> Path | None:
+    """Return where compiled steps are kept: within jax's cache; None if that is switched off."""
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    if directory is None or not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    return Path(directory) / "steps"
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256("\n".join(map(repr, facts)).encode()).hexdigest()
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hash of all files that have a say in what a step computes."""
+    digest = hashlib.sha256()
+    for name in PACKAGES:
+        (directory,) = importlib.import_module(name).__path__
+        for path in sorted(Path(directory).rglob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(f"{path.relative_to(directory)}\n".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""Compiled steps are found again by another engine, and only by one that would make the same."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxengine import LLM
+from jaxengine.batch import StepShape
+from jaxengine.engine.program_cache import ProgramCache, cache_directory
+from jaxengine.engine.stage import Stage
+from tests.helpers import greedy, make_llm
+
+PROMPTS = [[10, 11, 12, 13, 14], [20, 21, 22]]
+DECODE = StepShape(4, 4, decode_only=True)
+
+
+def with_cache(model: Path, directory: Path, facts: Sequence[object] = ("a model",)) -> LLM:
+    """An engine whose steps are kept; on a CPU none are unless a test says so."""
+    llm = make_llm(model)
+    (stage,) = llm.engine.runner.stages
+    stage._program_cache = ProgramCache(directory, jax.devices()[:1], facts)
+    return llm
+
+
+def generate(llm: LLM) -> list[list[int]]:
+    outputs = llm.generate(PROMPTS, greedy(6), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    """Shapes that were compiled rather than loaded."""
+    shapes: list[StepShape] = []
+    compile_step = Stage._compile
+
+    def spy(self: Stage, shape: StepShape, *args: Any) -> jax.stages.Compiled:
+        shapes.append(shape)
+        return compile_step(self, shape, *args)
+
+    monkeypatch.setattr(Stage, "_compile", spy)
+    return shapes
+
+
+def test_the_second_engine_compiles_nothing(
+    chat_model: Path, tmp_path: Path, compiled: list[StepShape]
+) -> None:
+    expected = generate(with_cache(chat_model, tmp_path))
+    assert compiled
+    compiled.clear()
+    llm = with_cache(chat_model, tmp_path)
+    assert generate(llm) == expected
+    assert generate(llm) == expected  # its buffers were donated: a second call finds new ones
+    assert not compiled
+
+
+def test_a_loaded_step_still_updates_the_cache_in_place(chat_model: Path, tmp_path: Path) -> None:
+    with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
+    llm = with_cache(chat_model, tmp_path)
+    (stage,) = llm.engine.runner.stages
+    memory: Any = stage.program(DECODE).memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(stage.caches))
+    before = jax.tree.leaves(stage.caches)
+    generate(llm)
+    assert all(array.is_deleted() for array in before)
+
+
+@pytest.mark.parametrize(
+    "change", ["facts", "num_blocks", "shape", "hidden", "flags", "source", "devices"]
+)
+def test_whatever_changes_the_program_changes_its_name(
+    change: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    compiled: list[StepShape],
+) -> None:  # fmt: skip
+    with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
+    (stage,) = with_cache(chat_model, tmp_path).engine.runner.stages
+    shape, returns_hidden, devices, facts = DECODE, False, jax.devices()[:1], ("a model",)
+    if change == "facts":
+        facts = ("another model",)
+    elif change == "num_blocks":
+        stage.set_num_blocks(stage.num_blocks + 1)
+    elif change == "shape":
+        shape = StepShape(8, 8, decode_only=True)
+    elif change == "hidden":
+        returns_hidden = True
+    elif change == "flags":
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    elif change == "source":
+        monkeypatch.setattr("jaxengine.engine.program_cache.source_digest", lambda: "other")
+    elif change == "devices":
+        devices = devices * 2
+    stage._program_cache = ProgramCache(tmp_path, devices, facts)
+    compiled.clear()
+    stage.program(shape, returns_hidden)
+    assert compiled == [shape]
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "half"])
+def test_a_damaged_file_is_replaced(
+    damage: Any, chat_model: Path, tmp_path: Path, compiled: list[StepShape],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "half" else damage)
+    compiled.clear()
+    with caplog.at_level(logging.WARNING):
+        with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
+    assert compiled == [DECODE]
+    assert str(file) in caplog.text
+    compiled.clear()
+    with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
+    assert not compiled
+
+
+def test_a_directory_that_cannot_be_written_is_no_error(
+    chat_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    llm = with_cache(chat_model, tmp_path / "file" / "cache")
+    with caplog.at_level(logging.WARNING):
+        assert generate(llm)
+    assert caplog.text.count("cannot be kept") == 1  # not once a step
+
+
+def test_names_are_the_same_in_every_process(chat_model: Path) -> None:
+    """Nothing in the description of a model may depend on addresses or the order of sets."""
+    code = (
+        "import sys, jax\n"
+        "from jaxengine.engine import build\n"
+        "build.ProgramCache = lambda directory, devices, facts: print(repr(facts))\n"
+        "build.cache_directory = lambda: '/'\n"
+        "build.StageParts.is_on_cpu = False\n"
+        "from tests.helpers import make_llm\n"
+        "make_llm(sys.argv[1])\n"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(chat_model)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    (text,) = outputs
+    assert "ModelConfig(" in text
+    assert "ParamSpec(" in text
+    assert " at 0x" not in text
+
+
+@pytest.mark.parametrize(
+    ("directory", "is_on", "expected"),
+    [
+        ("/somewhere", True, Path("/somewhere/steps")),
+        (None, True, None),
+        ("/somewhere", False, None),
+    ],
+)
+def test_steps_are_kept_where_jax_keeps_its_programs(
+    directory: str | None, is_on: bool, expected: Path | None
+) -> None:
+    wanted = {"jax_compilation_cache_dir": directory, "jax_enable_compilation_cache": is_on}
+    before = {name: jax.config.values[name] for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        assert cache_directory() == expected
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
