@@ -13,7 +13,8 @@ import importlib.metadata
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -59,9 +60,22 @@ class ProgramCache:
         """Where a program lies that depends on ``facts`` too."""
         return self._directory / f"{_digest(self._digest, *facts)}.step"
 
-    def load(self, facts: Sequence[object]) -> jax.stages.Compiled | None:
-        """Return the program; None if it was never stored, or cannot be read any more."""
+    def get(
+        self, facts: Sequence[object], compile_program: Callable[[], jax.stages.Compiled]
+    ) -> jax.stages.Compiled:
+        """Return the program that depends on ``facts``: load it, or compile and keep it."""
         path = self.path(facts)
+        if (program := self._load(path)) is not None:
+            return program
+        num_hits = _num_hits()
+        program = compile_program()
+        # What jax's cache gave was serialized already, and not every backend can do that twice.
+        if _num_hits() == num_hits:
+            self._store(path, program)
+        return program
+
+    def _load(self, path: Path) -> jax.stages.Compiled | None:
+        """Return None if the program was never stored, or cannot be read any more."""
         try:
             executable, in_tree, out_tree = pickle.loads(path.read_bytes())
             return serialize_executable.deserialize_and_load(
@@ -75,13 +89,14 @@ class ProgramCache:
             return None
         except Exception as error:  # whatever a damaged file leads to: it can be made again
             logger.warning("%s cannot be loaded (%s): compiling the step anew", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
 
-    def store(self, facts: Sequence[object], program: jax.stages.Compiled) -> None:
+    def _store(self, path: Path, program: jax.stages.Compiled) -> None:
         """Keep a program; if that fails (a full or read-only disk), say so and try no more."""
         if self._has_failed:
             return
-        path = self.path(facts)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             serialized = pickle.dumps(serialize_executable.serialize(program))
@@ -93,6 +108,27 @@ class ProgramCache:
             logger.warning("compiled steps cannot be kept in %s: %s", self._directory, error)
             with contextlib.suppress(OSError):
                 part.unlink()
+
+
+class _Hits(threading.local):
+    """How often jax's own cache had what this thread was compiling."""
+
+    count = 0
+
+
+_hits = _Hits()
+
+
+def _num_hits() -> int:
+    return _hits.count
+
+
+def _note_event(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _hits.count += 1
+
+
+jax.monitoring.register_event_listener(_note_event)
 
 
 def cache_directory() -> Path | None:

@@ -3,6 +3,7 @@
 Every stage sees every step, in the order of dispatch, and keeps its own block tables.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -152,16 +153,12 @@ class Stage:
         return analysis.temp_size_in_bytes + max(outputs, 0)
 
     def _load_or_compile(self, shape: StepShape, returns_hidden: bool) -> jax.stages.Compiled:
-        cache = self._program_cache
         options = compiler_options(self.parts.platform, shape.num_tokens)
-        if cache is None:
-            return self._compile(shape, returns_hidden, options)
+        compile_step = functools.partial(self._compile, shape, returns_hidden, options)
+        if self._program_cache is None:
+            return compile_step()
         state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
-        facts = (*state, shape, returns_hidden, options)
-        if (program := cache.load(facts)) is None:
-            program = self._compile(shape, returns_hidden, options)
-            cache.store(facts, program)
-        return program
+        return self._program_cache.get((*state, shape, returns_hidden, options), compile_step)
 
     def _compile(
         self, shape: StepShape, returns_hidden: bool, options: CompilerOptions

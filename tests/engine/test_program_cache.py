@@ -1,15 +1,17 @@
 """Compiled steps are found again by another engine, and only by one that would make the same."""
 
+import itertools
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxengine import LLM
 from jaxengine.batch import StepShape
@@ -27,6 +29,25 @@ def with_cache(model: Path, directory: Path, facts: Sequence[object] = ("a model
     (stage,) = llm.engine.runner.stages
     stage._program_cache = ProgramCache(directory, jax.devices()[:1], facts)
     return llm
+
+
+@pytest.fixture
+def clear_jax_cache(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Gives jax's own cache an empty directory: what it had is not kept a second time."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    numbers = itertools.count()
+
+    def use(directory: str) -> None:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
+
+    yield lambda: use(str(tmp_path / f"jax{next(numbers)}"))
+    use(before)
+
+
+@pytest.fixture(autouse=True)
+def with_empty_jax_cache(clear_jax_cache: Callable[[], None]) -> None:
+    clear_jax_cache()
 
 
 def generate(llm: LLM) -> list[list[int]]:
@@ -101,16 +122,24 @@ def test_whatever_changes_the_program_changes_its_name(
     assert compiled == [shape]
 
 
+def test_what_jax_had_already_is_not_kept_again(chat_model: Path, tmp_path: Path) -> None:
+    with_cache(chat_model, tmp_path / "one").engine.runner.stages[0].program(DECODE)
+    assert len(list((tmp_path / "one").iterdir())) == 1
+    with_cache(chat_model, tmp_path / "two").engine.runner.stages[0].program(DECODE)
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense", "half"])
 def test_a_damaged_file_is_replaced(
     damage: Any, chat_model: Path, tmp_path: Path, compiled: list[StepShape],
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, clear_jax_cache: Callable[[], None],
 ) -> None:  # fmt: skip
     with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.step")
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "half" else damage)
     compiled.clear()
+    clear_jax_cache()
     with caplog.at_level(logging.WARNING):
         with_cache(chat_model, tmp_path).engine.runner.stages[0].program(DECODE)
     assert compiled == [DECODE]
