@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.engine import build
 from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts
 
 SIZES = (1, 2, 4, 8)
@@ -103,23 +104,27 @@ def look_inside(llm: LLM) -> dict[str, Any]:
     }
 
 
+def make_mesh_llm(model: str, mesh: tuple[int, int], **limits: int) -> LLM:
+    """An engine whose steps overwrite outputs, as on GPUs; a single device does without."""
+    build.overwrites_outputs = lambda parts: parts.is_last and mesh != (1, 1)
+    sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
+    return make_llm(model, **sizes, **limits)
+
+
 def main() -> None:
     """Print one JSON object: name of the mesh -> result."""
     assert len(jax.devices()) == 8
     results = {}
+    # The first two need 3 blocks each to their end, there are 4.
+    limits = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
     for mesh in MESHES:
-        # The first two need 3 blocks each to their end, there are 4.
-        limits = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
-        sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
-        llm = make_llm(sys.argv[1], **sizes, **limits)
+        llm = make_mesh_llm(sys.argv[1], mesh, **limits)
         results[name_of(mesh)] = run(llm) | look_inside(llm)
     for mesh in ((1, 1), (1, 2), (2, 2)):
-        sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
-        limits = {"max_num_seqs": 6, "num_gpu_blocks_override": 15}
-        results[name_of(mesh)]["mixed"] = run_mixed(make_llm(sys.argv[1], **sizes, **limits))
-    limits = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
-    sizes = {f"{kind}_parallel_size": 2 for kind in ("tensor", "pipeline", "data")}
-    results[REPLICAS] = run(make_llm(sys.argv[1], **sizes, **limits))
+        llm = make_mesh_llm(sys.argv[1], mesh, max_num_seqs=6, num_gpu_blocks_override=15)
+        results[name_of(mesh)]["mixed"] = run_mixed(llm)
+    limits["data_parallel_size"] = 2
+    results[REPLICAS] = run(make_mesh_llm(sys.argv[1], (2, 2), **limits))
     print(json.dumps(results))
 
 

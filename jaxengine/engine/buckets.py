@@ -51,6 +51,11 @@ class Buckets:
             return [most]
         return [SMALL_MIXED_ROWS, most]
 
+    @property
+    def row_counts(self) -> list[int]:
+        """Every number of rows that a step can have, the smallest first."""
+        return sorted({shape.num_rows for shape in self.all_shapes()})
+
     def all_shapes(self) -> list[StepShape]:
         """Every shape that ``choose`` can return, the largest (the one that needs most) first."""
         mixed = [

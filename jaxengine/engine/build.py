@@ -15,6 +15,7 @@ from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
+from jaxengine.engine.output_buffers import OutputBuffers
 from jaxengine.engine.program_cache import ProgramCache, cache_directory
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.stage import Stage
@@ -247,10 +248,12 @@ def _new_runner(
         intermediate_size=model.intermediate_size,
         vocab_size=model.vocab_size,
     )
+    # A step in each stage and one waiting, so that the devices never wait for the host.
+    max_in_flight = config.pipeline_parallel_size + config.async_scheduling
     stages = []
     for number, layers in enumerate(split_layers(model.num_layers, config.pipeline_parallel_size)):
         mesh = make_mesh(devices[number * size : (number + 1) * size])
-        stages.append(_build_stage(config, model, limits, mesh, layers))
+        stages.append(_build_stage(config, model, limits, mesh, layers, max_in_flight))
     return ModelRunner(
         stages,
         buckets=Buckets(
@@ -262,14 +265,18 @@ def _new_runner(
         vocab_size=model.vocab_size,
         activation_size=3 * model.intermediate_size + 2 * model.hidden_size,
         max_num_seqs=limits.max_num_seqs,
-        # A step in each stage and one waiting, so that the devices never wait for the host.
-        max_in_flight=len(stages) + config.async_scheduling,
+        max_in_flight=max_in_flight,
         hooks=hooks,
     )
 
 
 def _build_stage(
-    config: EngineConfig, model: ModelConfig, limits: Limits, mesh: Mesh, layers: range
+    config: EngineConfig,
+    model: ModelConfig,
+    limits: Limits,
+    mesh: Mesh,
+    layers: range,
+    max_in_flight: int,
 ) -> Stage:
     options = ModelOptions(
         num_kv_heads=max(model.num_kv_heads, mesh.size),
@@ -302,6 +309,7 @@ def _build_stage(
         max_num_seqs=limits.max_num_seqs,
         max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
         program_cache=_program_cache(parts, (model, options, definition, specs)),
+        output_buffers=_output_buffers(parts, model, max_in_flight),
     )
 
 
@@ -315,6 +323,21 @@ def _program_cache(parts: StageParts, facts: Sequence[object]) -> ProgramCache |
         return None
     facts = (*facts, parts.layers, parts.is_first, parts.is_last)
     return ProgramCache(directory, list(parts.mesh.devices.flat), facts)
+
+
+def overwrites_outputs(parts: StageParts) -> bool:
+    """Whether steps write to the outputs of earlier ones; a CPU has no graphs that it spares."""
+    return parts.is_last and not parts.is_on_cpu
+
+
+def _output_buffers(
+    parts: StageParts, model: ModelConfig, max_in_flight: int
+) -> OutputBuffers | None:
+    if not overwrites_outputs(parts):
+        return None
+    return OutputBuffers(
+        parts.mesh, vocab_size=model.vocab_size, dtype=model.dtype, max_in_flight=max_in_flight
+    )
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:

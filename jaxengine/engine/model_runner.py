@@ -160,11 +160,14 @@ class ModelRunner:
         return self._buckets.all_shapes()[0]
 
     def state_bytes(self, stage: Stage) -> int:
-        """Block tables, and after the last stage the logits of two steps, in bytes on a device."""
+        """Block tables, and after the last stage logits that live between steps, on a device."""
         if not stage.parts.is_last:
             return stage.table_bytes
         itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
-        return stage.table_bytes + 2 * self._max_num_seqs * self._vocab_size * itemsize
+        num_bytes = stage.table_bytes + 2 * self._max_num_seqs * self._vocab_size * itemsize
+        if stage.output_buffers is not None:
+            num_bytes += stage.output_buffers.num_bytes(self._buckets.row_counts)
+        return num_bytes
 
     def guess_step_bytes(self, stage: Stage) -> int:
         """Roughly what ``measure`` will say, from the sizes of a decoder's widest activations."""
@@ -209,8 +212,7 @@ class ModelRunner:
 
     def warm_up_samplers(self) -> None:
         """Compile the samplers of the common variants in the background; returns at once."""
-        row_counts = sorted({shape.num_rows for shape in self._buckets.all_shapes()})
-        self._samplers.warm_up_in_background(row_counts)
+        self._samplers.warm_up_in_background(self._buckets.row_counts)
 
     def start(self, params: Sequence[Params]) -> None:
         """Take each stage's weights and allocate the KV cache and the device-side state."""

@@ -15,6 +15,7 @@ from jaxengine.batch import StepShape
 from jaxengine.engine.batch_builder import TableUpdates
 from jaxengine.engine.compiler_options import CompilerOptions, compiler_options
 from jaxengine.engine.kv_cache import KVCacheSpec
+from jaxengine.engine.output_buffers import OutputBuffers
 from jaxengine.engine.program_cache import ProgramCache
 from jaxengine.engine.step import StageParts, apply_table_updates, make_forward
 from jaxengine.sharding import replicate, replicated
@@ -33,6 +34,8 @@ class Stage:
         max_num_seqs: Slots of device-side state.
         max_blocks_per_seq: Width of the block tables.
         program_cache: Keeps the compiled steps between runs; None for jax's own cache alone.
+        output_buffers: Memory that steps of few rows write token ids and logits to; None gives
+            each step new arrays. Only the last stage has any.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Stage:
         max_num_seqs: int,
         max_blocks_per_seq: int,
         program_cache: ProgramCache | None = None,
+        output_buffers: OutputBuffers | None = None,
     ) -> None:
         self.parts = parts
         self.cache_spec = cache_spec
@@ -54,6 +58,7 @@ class Stage:
         self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
         self.num_blocks = 0
         self._program_cache = program_cache
+        self.output_buffers = output_buffers
         self._programs: dict[tuple[StepShape, bool], jax.stages.Compiled] = {}
 
     @property
@@ -96,6 +101,8 @@ class Stage:
         state = (self.caches, self.tables, self.last_tokens)
         if any(array.is_deleted() for array in jax.tree.leaves(state)):
             self.allocate_state()
+        if self.output_buffers is not None:
+            self.output_buffers.clear()
 
     def apply_overflow(self, updates: TableUpdates) -> None:
         """Store block-table entries that did not fit into a step's vector."""
@@ -127,11 +134,20 @@ class Stage:
             with ``returns_hidden`` that output.
         """
         forward = self.program(shape, returns_hidden)
-        incoming = () if hidden is None else (hidden,)
+        others: tuple[jax.Array, ...] = () if hidden is None else (hidden,)
+        buffers = self._buffers_of(shape)
+        if buffers is not None:
+            others += buffers.take(shape.num_rows)
         self.caches, self.tables, self.last_tokens, *outputs = forward(
-            self.params, self.caches, self.tables, self.last_tokens, packed, *incoming
+            self.params, self.caches, self.tables, self.last_tokens, packed, *others
         )
+        if buffers is not None:
+            buffers.keep(*outputs[:2])
         return tuple(outputs)
+
+    def _buffers_of(self, shape: StepShape) -> OutputBuffers | None:
+        buffers = self.output_buffers
+        return buffers if buffers is not None and buffers.serves(shape.num_rows) else None
 
     def program(self, shape: StepShape, returns_hidden: bool = False) -> jax.stages.Compiled:
         """Return the compiled forward step of a shape; compiles it the first time."""
@@ -154,22 +170,26 @@ class Stage:
 
     def _load_or_compile(self, shape: StepShape, returns_hidden: bool) -> jax.stages.Compiled:
         options = compiler_options(self.parts.platform, shape.num_tokens)
+        overwrites_outputs = self._buffers_of(shape) is not None
         compile_step = functools.partial(self._compile, shape, returns_hidden, options)
         if self._program_cache is None:
             return compile_step()
         state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
-        return self._program_cache.get((*state, shape, returns_hidden, options), compile_step)
+        facts = (*state, shape, returns_hidden, overwrites_outputs, options)
+        return self._program_cache.get(facts, compile_step)
 
     def _compile(
         self, shape: StepShape, returns_hidden: bool, options: CompilerOptions
     ) -> jax.stages.Compiled:
         parts = self.parts
         mesh = parts.mesh
+        buffers = self._buffers_of(shape)
         forward = make_forward(
             shape,
             parts=parts,
             block_size=self.cache_spec.block_size,
             returns_hidden=returns_hidden,
+            overwrites_outputs=buffers is not None,
         )
 
         def zeros(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
@@ -183,5 +203,6 @@ class Stage:
             zeros(jnp.int32, self._max_num_seqs),
             zeros(jnp.int32, shape.packed_size),
             *([] if parts.is_first else [hidden]),
+            *([] if buffers is None else buffers.abstract(shape.num_rows)),
         )
         return lowered.compile(options)

@@ -62,7 +62,12 @@ class StageParts:
 
 
 def make_forward(
-    shape: StepShape, *, parts: StageParts, block_size: int, returns_hidden: bool = False
+    shape: StepShape,
+    *,
+    parts: StageParts,
+    block_size: int,
+    returns_hidden: bool = False,
+    overwrites_outputs: bool = False,
 ) -> Any:
     """Return the jitted forward step of one shape through one stage.
 
@@ -71,6 +76,9 @@ def make_forward(
     output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] and, with
     ``returns_hidden``, that output too. The token ids are the greedy ones, and ``last_tokens``
     takes them over if the step is greedy: one program a step in the most common case.
+
+    With ``overwrites_outputs`` the last stage takes two more arrays at the end, whose memory (not
+    their values) it uses for token ids and logits.
     """
 
     def forward(
@@ -79,8 +87,9 @@ def make_forward(
         tables: Int[Array, "S W"],
         last_tokens: Int[Array, " S"],
         packed: Int[Array, " P"],
-        *incoming: Float[Array, "T D"],
+        *others: Array,  # hidden [T, D] of the stage before; outputs to overwrite, not read
     ) -> tuple:
+        incoming = () if parts.is_first else others[:1]
         inputs = split_packed(shape, packed)
         tables = update_tables(
             tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
@@ -103,14 +112,17 @@ def make_forward(
     param_specs = {path: spec.spec for path, spec in parts.specs.items()}
     cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(parts.layers)
     num_outputs = 2 + returns_hidden if parts.is_last else 1
+    first_overwritten = 5 + (not parts.is_first)
+    num_others = (not parts.is_first) + 2 * overwrites_outputs
     sharded = jax.shard_map(
         forward,
         mesh=parts.mesh,
-        in_specs=(param_specs, cache_specs, P(), P(), P(), *([] if parts.is_first else [P()])),
+        in_specs=(param_specs, cache_specs, P(), P(), P(), *[P()] * num_others),
         out_specs=(cache_specs, P(), P(), *[P()] * num_outputs),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )
-    return jax.jit(sharded, donate_argnums=(1, 2, 3))
+    overwritten = (first_overwritten, first_overwritten + 1) if overwrites_outputs else ()
+    return jax.jit(sharded, donate_argnums=(1, 2, 3, *overwritten), keep_unused=overwrites_outputs)
 
 
 def make_prompt_scorer(num_logprobs: int, *, parts: StageParts) -> Callable:
