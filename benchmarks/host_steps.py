@@ -20,8 +20,9 @@ launches that cause them. Prints a table, and last one JSON line a workload.
 
 import argparse
 import collections
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ def main() -> None:
     records = []
     for name in args.workload:
         generate(llm, WORKLOADS[name], args.detokenize)
-        parts = time_steps(llm, WORKLOADS[name], args.detokenize)
+        with timed_steps(llm) as steps:
+            generate(llm, WORKLOADS[name], args.detokenize)
         record = run_record(args.model, llm.engine.model_config.dtype, f"{name}, host steps")
-        records.append(record | summary(parts))
+        records.append(record | summary(steps))
         print_table(name, records[-1])
     publish(records, args.output)
 
@@ -77,8 +79,9 @@ def generate(llm: LLM, workload: Workload, detokenize: bool) -> None:
     llm.generate(prompts, params, use_tqdm=False)
 
 
-def time_steps(llm: LLM, workload: Workload, detokenize: bool) -> dict[str, np.ndarray]:
-    """Run a workload; return for each part its seconds in each step, and "step", the whole."""
+@contextlib.contextmanager
+def timed_steps(llm: LLM) -> Iterator[list[dict[str, float]]]:
+    """Collect the seconds of each step that is run inside: of its parts, and of all as "step"."""
     engine = llm.engine
     if not isinstance(engine, Engine):
         raise SystemExit("host_steps measures one engine: leave out data_parallel_size")
@@ -114,16 +117,16 @@ def time_steps(llm: LLM, workload: Workload, detokenize: bool) -> dict[str, np.n
         setattr(owner, name, timed(part, getattr(owner, name)))
     llm._step = step  # type: ignore[method-assign]
     try:
-        generate(llm, workload, detokenize)
+        yield steps
     finally:
         for _, owner, name in places:
             delattr(owner, name)
         del llm._step
-    return {part: np.array([s.get(part, 0.0) for s in steps]) for part in (*PARTS, "step")}
 
 
-def summary(parts: dict[str, np.ndarray]) -> Record:
+def summary(steps: list[dict[str, float]]) -> Record:
     """Return the percentiles of all parts in milliseconds, and how often the host was ahead."""
+    parts = {part: np.array([s.get(part, 0.0) for s in steps]) for part in (*PARTS, "step")}
     middle = slice(2, -2)  # the first steps fill the pipeline, the last ones drain it
     wait, step = parts["wait"][middle], parts["step"][middle]
     return {

@@ -51,11 +51,15 @@ def commit() -> str:
 
 def publish(records: Sequence[Record], output: Path | None) -> None:
     """Print each record as a line of JSON, and append them to a file if there is one."""
-    lines = [json.dumps(record) for record in records]
-    print("\n".join(lines), flush=True)
+    print("\n".join(map(json.dumps, records)), flush=True)
+    append(records, output)
+
+
+def append(records: Sequence[Record], output: Path | None) -> None:
+    """Append each record as a line of JSON to a file, if there is one."""
     if output is not None:
         with output.open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:

@@ -3,18 +3,24 @@
     python -m benchmarks.throughput --model benchmarks/models/llama-3.1-8b --load-format dummy \
         --workload single decode-heavy --dtype bfloat16
 
-Prints a table, and last one JSON line a workload; ``--output`` appends those to a file.
+Prints a table, and last one JSON line a workload; ``--output`` appends each to a file as soon as
+it is there. With ``--host-steps`` the last run's parts of a step are in it (``host_steps.py``).
 """
 
 import argparse
+import contextlib
+import functools
 import time
 from pathlib import Path
 
 import jax
 
-from benchmarks.records import Record, publish, run_record
+from benchmarks.host_steps import summary, timed_steps
+from benchmarks.records import Record, append, publish, run_record
 from benchmarks.workloads import WORKLOADS, prompts_of
 from jaxengine import LLM, SamplingParams
+
+WARM_UP_REQUESTS = 8
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--attention-backend")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--host-steps", action="store_true", help="time the host's part of a step")
     parser.add_argument("--profile", type=Path, help="write a jax.profiler trace here")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
     return parser.parse_args()
@@ -70,25 +77,32 @@ def main() -> None:
     for name in args.workload:
         record = measure(llm, name, args) | {"startup_s": round(startup_s, 2)}
         records.append(record)
+        append([record], args.output)
         print(
             f"{name:15}{record['seconds']:9.3f}{record['output_tok_s']:11.0f}"
             f"{record['total_tok_s']:11.0f}{record['kv_waste']:10.1%}  {record['all']}",
             flush=True,
         )
-    publish(records, args.output)
+    publish(records, None)
 
 
 def measure(llm: LLM, name: str, args: argparse.Namespace) -> Record:
     """Time a workload; the first call is not counted."""
     workload = WORKLOADS[name]
-    generate(llm, [(n_in, min(n_out, 4)) for n_in, n_out in workload])
+    is_compiled = bool(llm.startup.compile_seconds)  # else the first call has to meet every shape
+    warm_up = workload[:WARM_UP_REQUESTS] if is_compiled else workload
+    generate(llm, [(n_in, min(n_out, 4)) for n_in, n_out in warm_up])
     if args.profile:
         with jax.profiler.trace(str(args.profile / name)):
             generate(llm, workload)
-    seconds = [generate(llm, workload) for _ in range(args.repeats)]
+    watch = functools.partial(timed_steps, llm) if args.host_steps else contextlib.nullcontext
+    seconds = []
+    for _ in range(args.repeats):
+        with watch() as last_steps:
+            seconds.append(generate(llm, workload))
     outputs = sum(n for _, n in workload)
     best = min(seconds)
-    return run_record(args.model, llm.engine.model_config.dtype, name) | {
+    record = run_record(args.model, llm.engine.model_config.dtype, name) | {
         "seconds": round(best, 3),
         "all": [round(s, 3) for s in seconds],
         "output_tok_s": round(outputs / best, 1),
@@ -103,6 +117,7 @@ def measure(llm: LLM, name: str, args: argparse.Namespace) -> Record:
         "pipeline_parallel_size": args.pipeline_parallel_size,
         "data_parallel_size": args.data_parallel_size,
     }
+    return record | ({"host_steps": summary(last_steps)} if last_steps else {})
 
 
 def live_bytes_by_device() -> list[int]:
