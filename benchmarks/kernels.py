@@ -25,12 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device_rates import device_rates, seconds_per_run
-from pallas_kernels.paged_attention import (
-    DECODE_FUNCTIONS,
-    RAGGED_FUNCTIONS,
-    load_function,
-    paged_attention,
-)
+from pallas_kernels.backends import load_function
+from pallas_kernels.paged_attention import DECODE_FUNCTIONS, RAGGED_FUNCTIONS, paged_attention
 from pallas_kernels.paged_attention_reference import paged_attention_reference
 from pallas_kernels.tiles import mosaic_decode_config, triton_decode_config
 

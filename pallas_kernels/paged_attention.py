@@ -6,14 +6,14 @@ that cannot serve a shape raises NotImplementedError, and the next one in the li
 serves everything.
 """
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends import is_hopper, load_function
 from pallas_kernels.paged_attention_reference import paged_attention_reference
 
 # Modules are imported when first asked: a CPU run never pays for the Pallas GPU backends.
@@ -136,13 +136,9 @@ def _order(implementation: str | None, gpu_order: Sequence[str]) -> Sequence[str
 
 def _gpu_ragged_order(num_tokens: int) -> Sequence[str]:
     """Mosaic needs Hopper, and seconds of compilation that only long steps pay back."""
-    if num_tokens >= MOSAIC_MIN_TOKENS and _is_hopper():
+    if num_tokens >= MOSAIC_MIN_TOKENS and is_hopper():
         return ("mosaic", "triton", "xla")
     return ("triton", "xla")
-
-
-def _is_hopper() -> bool:
-    return any(name in jax.devices()[0].device_kind for name in ("H100", "H200", "H800", "GH200"))
 
 
 def _first_that_serves(
@@ -158,15 +154,6 @@ def _first_that_serves(
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("; ".join(refusals))
-
-
-def load_function(location: str) -> Callable[..., jax.Array]:
-    """Import a "module:function"; NotImplementedError if this jax cannot."""
-    module, function = location.split(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise NotImplementedError(f"{module} cannot be imported here: {error}") from error
 
 
 def _check(

@@ -2,22 +2,13 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxengine.layers.linear import Linear
 from jaxengine.sharding import TENSOR_AXIS
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+from pallas_kernels.gated_product import ACTIVATIONS, gate, gated_product
 
 
 class GatedMLP(nnx.Module):
@@ -60,6 +51,10 @@ class GatedMLP(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        gate_up = self.gate_up_proj(x)  # [T, 2, F]
-        activation = ACTIVATIONS[self.hidden_act]
-        return self.down_proj(activation(gate_up[:, 0]) * gate_up[:, 1])
+        return self.down_proj(self._gated(x))
+
+    def _gated(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        projection = self.gate_up_proj
+        if projection.input_major or projection.bias is not None:
+            return gate(projection(x), self.hidden_act)
+        return gated_product(x, projection.weight[...], activation=self.hidden_act)
