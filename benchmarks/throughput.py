@@ -30,6 +30,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeat-seconds", type=float, default=1e9, help="begin no repeat after so many seconds"
+    )
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
@@ -96,8 +99,8 @@ def measure(llm: LLM, name: str, args: argparse.Namespace) -> Record:
         with jax.profiler.trace(str(args.profile / name)):
             generate(llm, workload)
     watch = functools.partial(timed_steps, llm) if args.host_steps else contextlib.nullcontext
-    seconds = []
-    for _ in range(args.repeats):
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < args.repeats and sum(seconds) < args.repeat_seconds):
         with watch() as last_steps:
             seconds.append(generate(llm, workload))
     outputs = sum(n for _, n in workload)
