@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("jaxengine", "pallas_kernels")
 LIBRARIES = ("jax", "flax", "numpy")  # what traces and lowers; XLA names itself
+# Importing it says where the library is that a compiled Mosaic kernel calls. Who traces such a
+# kernel has imported it; who only loads one has not, and fails: "Failed to lookup host symbol".
+MOSAIC_RUNTIME = "jax.experimental.mosaic.gpu"
 TRACING_FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
 
 
@@ -46,6 +49,8 @@ class ProgramCache:
         self._directory = directory
         self._devices = list(devices)
         self._has_failed = False
+        if devices[0].platform == "gpu":
+            importlib.import_module(MOSAIC_RUNTIME)
         self._digest = _digest(
             source_digest(),
             [importlib.metadata.version(name) for name in LIBRARIES],

@@ -159,6 +159,20 @@ def test_a_directory_that_cannot_be_written_is_no_error(
     assert caplog.text.count("cannot be kept") == 1  # not once a step
 
 
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_what_mosaic_kernels_call_is_there_before_one_is_loaded(platform: str) -> None:
+    code = (
+        "import sys, types\n"
+        "from jaxengine.engine.program_cache import MOSAIC_RUNTIME, ProgramCache\n"
+        "client = types.SimpleNamespace(platform_version='1')\n"
+        f"device = dict(client=client, id=0, device_kind='a GPU', platform='{platform}')\n"
+        "ProgramCache('/somewhere', [types.SimpleNamespace(**device)], ())\n"
+        "print(MOSAIC_RUNTIME in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(platform == "gpu")
+
+
 def test_names_are_the_same_in_every_process(chat_model: Path) -> None:
     """Nothing in the description of a model may depend on addresses or the order of sets."""
     code = (
