@@ -195,6 +195,7 @@ class SamplingState:
         self._values = {name: np.zeros(max_num_seqs, np.float32) for name in SLOT_FLOATS}
         self._values |= {name: np.zeros(max_num_seqs, np.int32) for name in SLOT_INTS}
         self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int32)
+        self._is_plain = np.zeros(max_num_seqs, bool)  # wants the likeliest token, nothing else
         self._extras: dict[int, SlotExtras] = {}
 
     def set_slot(
@@ -228,7 +229,9 @@ class SamplingState:
         wanted = params.num_logprobs
         self._num_logprobs[slot] = NO_LOGPROBS if wanted is None else wanted
         self._extras.pop(slot, None)
-        if needs_extras(params):
+        has_extras = needs_extras(params)
+        self._is_plain[slot] = params.temperature == 0 and wanted is None and not has_extras
+        if has_extras:
             self._extras[slot] = SlotExtras(params, prompt_token_ids, end_token_ids)
 
     def build_rows(
@@ -247,7 +250,9 @@ class SamplingState:
         slots = np.array([row.request.slot for row in rows], np.int32)
         samples = np.array([row.samples_token for row in rows], np.int32)
         entries, extras = self._collect(rows) if self._extras else ({}, {})
-        variant = self._variant(slots[samples != 0], entries, extras)
+        sampling = slots[samples != 0]
+        is_plain = self._is_plain[sampling].all()  # most batches: found out with one look
+        variant = GREEDY if is_plain else self._variant(sampling, entries, extras)
         layout = PackedLayout.of(variant, num_rows)
         packed = np.zeros(layout.size, np.int32)
         views = layout.views(packed)

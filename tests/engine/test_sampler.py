@@ -475,6 +475,19 @@ def test_a_slot_forgets_the_request_before() -> None:
     assert state.build_rows([make_row()], 1)[0] == GREEDY
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"temperature": 0.5}, {"logprobs": 0}, {"logit_bias": {3: 1.0}}, {"frequency_penalty": 0.1}],
+)
+def test_one_row_that_is_not_plain_is_noticed(other: dict) -> None:
+    state = SamplingState(4, V)
+    for slot in range(3):
+        params = SamplingParams(**{"temperature": 0, **(other if slot == 1 else {})})
+        state.set_slot(slot, params, 0)
+    assert state.build_rows([make_row(slot) for slot in range(3)], 4)[0] != GREEDY
+    assert state.build_rows([make_row(slot) for slot in (0, 2)], 4)[0] == GREEDY
+
+
 def test_seeds_of_64_bits_differ_in_either_half() -> None:
     state = SamplingState(4, V)
     packed = []
