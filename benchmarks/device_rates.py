@@ -30,6 +30,8 @@ from benchmarks.records import Record, commit, publish
 
 MIB = 1 << 20
 HIDDEN = 4096
+MAX_RUNS = 4000
+SHORT_S = 0.03  # too short to warm a GPU up; 1 to 2 s show what its power limit leaves
 ALL_REDUCES_A_RUN = 16
 
 Mover = tuple[str, str, Callable[[jax.Array], jax.Array]]  # kind, name, function of [rows, 8192]
@@ -44,12 +46,12 @@ MOVERS: list[Mover] = [
 ]
 
 
-def seconds_per_run(function: Callable[..., Any], *args: Any, goal_s: float = 0.03) -> float:
+def seconds_per_run(function: Callable[..., Any], *args: Any, goal_s: float = SHORT_S) -> float:
     """Best of four repetitions of as many runs as take ``goal_s``; compiles and warms up first."""
     jax.block_until_ready(function(*args))
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
-    runs = max(1, min(100, int(goal_s / (time.perf_counter() - start))))
+    runs = max(1, min(MAX_RUNS, int(goal_s / (time.perf_counter() - start))))
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.device_rates import device_rates, seconds_per_run
+from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
 from benchmarks.records import ROOT, Record, publish, run_record
 from jaxengine.config import ModelConfig
 
@@ -46,7 +46,12 @@ def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def time_product(num_rows: int, shape: tuple[int, int], options: dict[str, str | bool]) -> float:
+def time_product(
+    num_rows: int,
+    shape: tuple[int, int],
+    options: dict[str, str | bool],
+    repeat_s: float = SHORT_S,
+) -> float:
     """Return the seconds of ``[rows, in] @ [out, in]^T`` in bf16, many in one program."""
     num_out, num_in = shape
     weight_bytes = 2 * num_out * num_in
@@ -66,11 +71,11 @@ def time_product(num_rows: int, shape: tuple[int, int], options: dict[str, str |
 
     is_gpu = jax.default_backend() == "gpu"
     program = jax.jit(run).lower(rows, weights).compile(options if is_gpu else {})
-    return seconds_per_run(program, rows, weights) / count
+    return seconds_per_run(program, rows, weights, goal_s=repeat_s) / count
 
 
 def time_products(
-    model: ModelConfig, row_counts: Sequence[int], rates: dict[str, float]
+    model: ModelConfig, row_counts: Sequence[int], rates: dict[str, float], repeat_s: float
 ) -> Iterator[Record]:
     """Yield a record for each number of rows, product and variant."""
     products = layer_products(model)
@@ -85,7 +90,7 @@ def time_products(
                     num_bytes / rates["memory_gb_s"] / 1e9, flops / rates["dot_tflop_s"] / 1e12
                 )
                 for variant, options in VARIANTS.items():
-                    seconds = time_product(used_rows, (num_out, num_in), options)
+                    seconds = time_product(used_rows, (num_out, num_in), options, repeat_s)
                     bar.update()
                     yield {
                         "rows": num_rows,
@@ -121,11 +126,11 @@ def step_sums(model: ModelConfig, records: list[Record]) -> list[Record]:
 
 
 def measure(
-    model: ModelConfig, rates: dict[str, float], row_counts: Sequence[int]
+    model: ModelConfig, rates: dict[str, float], row_counts: Sequence[int], repeat_s: float
 ) -> dict[str, Any]:
     """Time the products of a model's steps, print the tables and return what they show."""
     records = []
-    for record in time_products(model, row_counts, rates):
+    for record in time_products(model, row_counts, rates, repeat_s):
         tqdm.write(
             f"{record['rows']:6} rows {record['product']:8} {record['variant']:9}"
             f"{record['us']:10.1f} us {record['gb_s']:7,.0f} GB/s {record['tflop_s']:7.1f} TFLOP/s "
@@ -145,6 +150,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/models/llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument(
+        "--repeat-s",
+        type=float,
+        default=SHORT_S,
+        help="seconds of a repetition, 2 to reach the power limit",
+    )
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU runs in seconds")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     args = parser.parse_args()
@@ -154,7 +165,8 @@ def main() -> None:
     rates = device_rates(args.tiny)
     record = run_record(directory, model.dtype, "products") | rates
     row_counts = (4, 16) if args.tiny else args.rows
-    publish([record | measure(model, rates, row_counts)], args.output)
+    measured = measure(model, rates, row_counts, args.repeat_s)
+    publish([record | {"repeat_s": args.repeat_s} | measured], args.output)
 
 
 if __name__ == "__main__":

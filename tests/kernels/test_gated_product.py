@@ -20,10 +20,10 @@ needs_new_jax = pytest.mark.skipif(
 )
 # Rings shorter and longer than a row of stretches, both clusters, and tiles of several widths.
 CONFIGS = {
-    "alone": GatedProductConfig(cluster=1, num_stages=2),
+    "alone": GatedProductConfig(num_stages=2),
     "shared": GatedProductConfig(cluster=2, num_stages=3, band=1),
-    "shifted": GatedProductConfig(cluster=1, tile_k=32, num_stages=5, lag=2, band=2),
-    "shared_and_shifted": GatedProductConfig(tile_k=32, num_stages=4, lag=1, tile_columns=128),
+    "shifted": GatedProductConfig(tile_k=32, num_stages=5, lag=2, band=2),
+    "both": GatedProductConfig(tile_k=32, num_stages=4, cluster=2, lag=1, tile_columns=128),
     "narrow": GatedProductConfig(num_stages=3, tile_columns=48),
 }
 
@@ -123,7 +123,7 @@ def test_mosaic_lowers(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("shape", "complaint"),
     [
-        ((300, 128, 64), "T is 300, not n * 256"),
+        ((300, 128, 64), "T is 300, not n * 128"),
         ((256, 100, 64), "F is 100, not a multiple of any of (128, "),
         ((256, 128, 80), "D is 80, not n * 64"),
     ],
@@ -150,16 +150,17 @@ def test_mosaic_refuses_what_it_does_not_compute(activation: str, dtype: Any) ->
 @pytest.mark.parametrize(
     ("backend", "is_hopper", "num_rows", "is_taken"),
     [
-        ("gpu", True, 4096, True),
-        ("gpu", True, 4095, False),
-        ("gpu", False, 4096, False),
-        ("cpu", True, 4096, False),
+        ("gpu", True, 256, True),
+        ("gpu", True, 1024, True),
+        ("gpu", True, 255, False),
+        ("gpu", True, 2048, False),
+        ("gpu", False, 256, False),
+        ("cpu", True, 256, False),
     ],
 )
-def test_mosaic_is_taken_for_many_rows_on_hopper(
+def test_mosaic_is_taken_on_hopper_where_it_is_faster(
     backend: str, is_hopper: bool, num_rows: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "MOSAIC_MIN_ROWS", 4096)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(op, "is_hopper", lambda: is_hopper)
     monkeypatch.setattr(op, "load_function", lambda location: lambda *_, **__: location)
