@@ -1,16 +1,24 @@
-"""The best of our results next to the peers' on the same kind of card, and a plot of both.
+"""The best of our results next to the peers' on the same kind of card and the floor, and a plot.
 
     python -m benchmarks.compare --results benchmarks/results/h200.jsonl \
         --peers benchmarks/peers/h200-vllm-0.26.0.jsonl --plot docs/h200.svg
 
-Prints a table of seconds and ratios (below 1: we are faster) and last one JSON line. The plot needs
-matplotlib, which the package itself does not.
+Prints a table of seconds and ratios (below 1: we are faster) and last one JSON line. The floor is
+what bytes and arithmetic alone would take on one device (floor.py); there is none for a device of
+unknown rates, or for a workload or model that is not in this directory. The plot needs matplotlib,
+which the package itself does not.
 """
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.floor import floor_s, rates_of
+from benchmarks.workloads import WORKLOADS
+from jaxengine.config import ModelConfig
+
+MODELS = Path(__file__).parent / "models"
 
 Key = tuple[str, str]  # model, workload
 
@@ -35,18 +43,36 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a bar chart here (.png or .svg)")
     args = parser.parse_args()
     ours, peers = best_of(args.results), best_of(args.peers)
-    ratios = {}
-    print(f"{'model':15}{'workload':16}{'ours s':>9}{'peer s':>9}{'ratio':>8}")
+    ratios, floors = {}, {}
+    columns = "".join(f"{name:>9}" for name in ("ours s", "peer s", "ratio", "floor s", "share"))
+    print(f"{'model':15}{'workload':16}{columns}")
     for key, record in sorted(ours.items()):
-        peer = peers.get(key)
         line = f"{key[0]:15}{key[1]:16}{record['seconds']:9.3f}"
-        if peer is not None:
-            ratios[key] = record["seconds"] / peer["seconds"]
-            line += f"{peer['seconds']:9.3f}{ratios[key]:8.3f}"
+        if key in peers:
+            ratios[key] = record["seconds"] / peers[key]["seconds"]
+            line += f"{peers[key]['seconds']:9.3f}{ratios[key]:9.3f}"
+        floor = floor_of(key, record)
+        if floor is not None:
+            floors[key] = floor
+            line = f"{line:58}{floor:9.3f}{floor / record['seconds']:9.1%}"
         print(line)
     if args.plot:
         plot(ours, peers, args)
-    print(json.dumps({"ratios": {"/".join(key): round(r, 4) for key, r in ratios.items()}}))
+    named = {"ratios": ratios, "floors_s": floors}
+    print(json.dumps({name: by_key(values) for name, values in named.items()}))
+
+
+def by_key(values: dict[Key, float]) -> dict[str, float]:
+    return {"/".join(key): round(value, 4) for key, value in values.items()}
+
+
+def floor_of(key: Key, record: dict[str, Any]) -> float | None:
+    """Return the least seconds of a record's workload; None if it has no floor."""
+    rates, config = rates_of(record["device"]), MODELS / key[0] / "config.json"
+    if rates is None or key[1] not in WORKLOADS or not config.exists():
+        return None
+    model = ModelConfig.from_hf(json.loads(config.read_text(encoding="utf-8")), "bfloat16")
+    return floor_s(WORKLOADS[key[1]], model, rates)
 
 
 def plot(ours: dict, peers: dict, args: argparse.Namespace) -> None:
@@ -56,18 +82,27 @@ def plot(ours: dict, peers: dict, args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    keys = sorted(key for key in ours if key in peers)
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(2.6 * len(keys), 2.8))
-    for axis, key in zip(axes, keys, strict=True):
-        values = [peers[key]["output_tok_s"], ours[key]["output_tok_s"]]
-        bars = axis.bar(
-            [args.peers.stem.split("-")[1], "jaxengine"], values, color=["#999", "#47a"]
-        )
-        axis.bar_label(bars, fmt="{:,.0f}", padding=2)
-        axis.set_title(f"{key[1]}\n{key[0]}", fontsize=9)
-        axis.margins(y=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("output tokens per second")
+    models: dict[str, list[Key]] = {}  # a row of bars each
+    for key in sorted(key for key in ours if key in peers):
+        models.setdefault(key[0], []).append(key)
+    columns = max(map(len, models.values()))
+    figure, grid = pyplot.subplots(
+        len(models), columns, figsize=(2.2 * columns, 2.5 * len(models)), squeeze=False
+    )
+    for axis in grid.flat:
+        axis.set_axis_off()
+    names = [args.peers.stem.split("-")[1], "jaxengine"]
+    for axes, keys in zip(grid, models.values(), strict=True):
+        for axis, key in zip(axes, keys, strict=False):
+            axis.set_axis_on()
+            values = [peers[key]["output_tok_s"], ours[key]["output_tok_s"]]
+            bars = axis.bar(names, values, color=["#999", "#47a"])
+            axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+            axis.set_title(f"{key[1]}\n{key[0]}", fontsize=9)
+            axis.tick_params(labelsize=8)
+            axis.margins(y=0.15)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("output tokens per second", fontsize=8)
     figure.tight_layout()
     figure.savefig(args.plot)
 
