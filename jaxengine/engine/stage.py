@@ -4,6 +4,7 @@ Every stage sees every step, in the order of dispatch, and keeps its own block t
 """
 
 import functools
+import threading
 import time
 from typing import Any
 
@@ -22,6 +23,11 @@ from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
 
 TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
+
+# Tracing a step needs the interpreter, XLA's work on it does not. Threads that trace at the same
+# time share the interpreter and end together, the largest step too, which XLA then takes longest
+# for. One after the other, the first is with XLA while the rest is being traced.
+_TRACING = threading.Lock()
 
 
 class Stage:
@@ -153,9 +159,7 @@ class Stage:
         """Return the compiled forward step of a shape; compiles it the first time."""
         key = (shape, returns_hidden)
         if key not in self._programs:
-            started = time.perf_counter()
             self._programs[key] = self._load_or_compile(shape, returns_hidden)
-            self.compile_seconds[shape] = time.perf_counter() - started
         return self._programs[key]
 
     def has_program(self, shape: StepShape) -> bool:
@@ -176,7 +180,11 @@ class Stage:
             return compile_step()
         state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
         facts = (*state, shape, returns_hidden, overwrites_outputs, options)
-        return self._program_cache.get(facts, compile_step)
+        started = time.perf_counter()
+        self.compile_seconds.pop(shape, None)
+        program = self._program_cache.get(facts, compile_step)
+        self.compile_seconds.setdefault(shape, time.perf_counter() - started)  # if it was loaded
+        return program
 
     def _compile(
         self, shape: StepShape, returns_hidden: bool, options: CompilerOptions
@@ -196,13 +204,17 @@ class Stage:
             return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=replicated(mesh))
 
         hidden = zeros(self.cache_spec.dtype, shape.num_tokens, self._hidden_size)
-        lowered = forward.lower(
-            {path: spec.abstract(mesh) for path, spec in parts.specs.items()},
-            self.cache_spec.abstract(self.num_blocks, mesh),
-            zeros(jnp.int32, *self._table_shape),
-            zeros(jnp.int32, self._max_num_seqs),
-            zeros(jnp.int32, shape.packed_size),
-            *([] if parts.is_first else [hidden]),
-            *([] if buffers is None else buffers.abstract(shape.num_rows)),
-        )
-        return lowered.compile(options)
+        with _TRACING:
+            started = time.perf_counter()
+            lowered = forward.lower(
+                {path: spec.abstract(mesh) for path, spec in parts.specs.items()},
+                self.cache_spec.abstract(self.num_blocks, mesh),
+                zeros(jnp.int32, *self._table_shape),
+                zeros(jnp.int32, self._max_num_seqs),
+                zeros(jnp.int32, shape.packed_size),
+                *([] if parts.is_first else [hidden]),
+                *([] if buffers is None else buffers.abstract(shape.num_rows)),
+            )
+        program = lowered.compile(options)
+        self.compile_seconds[shape] = time.perf_counter() - started
+        return program

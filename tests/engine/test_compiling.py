@@ -1,0 +1,80 @@
+"""All steps are compiled at start: traced one at a time, compiled side by side."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxengine.batch import StepShape
+from jaxengine.engine import stage as stage_module
+from jaxengine.engine.model_runner import ModelRunner
+from tests.helpers import make_llm
+
+
+class Compiler:
+    """Stands in for jax: counts who traces and who compiles at the same time."""
+
+    def __init__(self) -> None:
+        self.traced: list[StepShape] = []
+        self.num_tracing = self.most_tracing = self.num_compiling = self.most_compiling = 0
+        self._lock = threading.Lock()
+
+    def make_forward(self, shape: StepShape, **_: Any) -> Any:
+        compiler = self
+
+        class Forward:
+            def lower(self, *_: Any) -> "Forward":
+                with compiler._lock:
+                    compiler.traced.append(shape)
+                    compiler.num_tracing += 1
+                    compiler.most_tracing = max(compiler.most_tracing, compiler.num_tracing)
+                time.sleep(0.01)
+                with compiler._lock:
+                    compiler.num_tracing -= 1
+                return self
+
+            def compile(self, _: Any) -> str:
+                with compiler._lock:
+                    compiler.num_compiling += 1
+                    compiler.most_compiling = max(compiler.most_compiling, compiler.num_compiling)
+                time.sleep(0.1)
+                with compiler._lock:
+                    compiler.num_compiling -= 1
+                return f"{shape.num_tokens} tokens"
+
+        return Forward()
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    compiler = Compiler()
+    monkeypatch.setattr(stage_module, "make_forward", compiler.make_forward)
+    return compiler
+
+
+def compile_all(chat_model: Path) -> ModelRunner:
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
+    runner = make_llm(chat_model, **limits).engine.runner
+    runner.compile_all(show_progress=False)
+    return runner
+
+
+def test_steps_are_traced_one_at_a_time_and_compiled_side_by_side(
+    chat_model: Path, compiler: Compiler
+) -> None:
+    shapes = compile_all(chat_model)._buckets.all_shapes()
+    assert len(shapes) > 5
+    assert sorted(compiler.traced, key=str) == sorted(shapes, key=str)
+    assert compiler.traced[0] == shapes[0]  # the largest
+    assert compiler.most_tracing == 1
+    assert compiler.most_compiling > 1
+
+
+def test_the_seconds_of_every_step_are_known(chat_model: Path, compiler: Compiler) -> None:
+    seconds = compile_all(chat_model).compile_seconds
+    assert set(seconds) == set(compiler.traced)
+    assert min(seconds.values()) > 0
