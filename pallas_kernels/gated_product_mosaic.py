@@ -61,6 +61,13 @@ class GatedProductConfig:
     band: int = 8
     tile_columns: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse a lag for which the ring is too short: nobody would ever start."""
+        if self.lag >= self.num_stages:
+            raise ValueError(
+                f"lag is {self.lag} but there are {self.num_stages} stages: raise num_stages"
+            )
+
 
 class _Problem(NamedTuple):
     """What is fixed at compile time."""
@@ -160,6 +167,8 @@ def _check_supported(
         raise NotImplementedError(
             f"gated Mosaic product: F is {weight.shape[1]}, not a multiple of any of {widths}"
         )
+    if x.shape[1] <= config.lag * config.tile_k:
+        raise NotImplementedError(f"gated Mosaic product: D is {x.shape[1]}, shorter than the lag")
     for name, size, unit in (
         ("T", x.shape[0], TILE_ROWS * config.cluster),
         ("D", x.shape[1], config.tile_k),

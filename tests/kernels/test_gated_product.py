@@ -140,6 +140,16 @@ def test_mosaic_leaves_other_shapes_to_the_reference(
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
+@needs_new_jax
+def test_a_lag_that_nobody_would_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="lag is 4 but there are 4 stages"):
+        GatedProductConfig(lag=4)
+    with pytest.raises(NotImplementedError, match="D is 128, shorter than the lag"):
+        gated_product_mosaic.gated_product_mosaic(
+            *arrays(128, 128, 128), config=GatedProductConfig(lag=2)
+        )
+
+
 @pytest.mark.parametrize(("activation", "dtype"), [("gelu", jnp.bfloat16), ("silu", jnp.float32)])
 def test_mosaic_refuses_what_it_does_not_compute(activation: str, dtype: Any) -> None:
     x, weight = arrays(256, 128, 64, dtype)
