@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floor import floor_s, rates_of
+from benchmarks.records import read_model
 from benchmarks.workloads import WORKLOADS
-from jaxengine.config import ModelConfig
 
 MODELS = Path(__file__).parent / "models"
 
@@ -68,11 +68,10 @@ def by_key(values: dict[Key, float]) -> dict[str, float]:
 
 def floor_of(key: Key, record: dict[str, Any]) -> float | None:
     """Return the least seconds of a record's workload; None if it has no floor."""
-    rates, config = rates_of(record["device"]), MODELS / key[0] / "config.json"
-    if rates is None or key[1] not in WORKLOADS or not config.exists():
+    rates, directory = rates_of(record["device"]), MODELS / key[0]
+    if rates is None or key[1] not in WORKLOADS or not directory.exists():
         return None
-    model = ModelConfig.from_hf(json.loads(config.read_text(encoding="utf-8")), "bfloat16")
-    return floor_s(WORKLOADS[key[1]], model, rates)
+    return floor_s(WORKLOADS[key[1]], read_model(directory), rates)
 
 
 def plot(ours: dict, peers: dict, args: argparse.Namespace) -> None:

@@ -8,13 +8,11 @@ compared with float32. A variant that fails is reported and skipped. All program
 first, several at a time. Prints a line a variant and last one JSON line.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.device_rates import SHORT_S, seconds_per_run
-from benchmarks.records import ROOT, Record, publish, run_record
-from jaxengine.config import ModelConfig
+from benchmarks.device_rates import seconds_per_run
+from benchmarks.products import parse_args
+from benchmarks.records import Record, publish, read_model, run_record
 from jaxengine.engine.compiler_options import compiler_options
 from pallas_kernels.gated_product_mosaic import GatedProductConfig, gated_product_mosaic
 from pallas_kernels.gated_product_reference import gated_product_reference
@@ -97,28 +95,14 @@ def time_variant(program: Any, x: jax.Array, weights: list[jax.Array], repeat_s:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/models/llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16384, 4096, 1024, 256])
-    parser.add_argument(
-        "--repeat-s",
-        type=float,
-        default=SHORT_S,
-        help="seconds of a repetition, 2 to reach the power limit",
-    )
-    parser.add_argument("--tiny", action="store_true", help="a model that a CPU runs in seconds")
-    parser.add_argument("--output", type=Path, help="append the JSON line to this file")
-    args = parser.parse_args()
-    directory = ROOT / "benchmarks/models/tiny-llama" if args.tiny else args.model
-    hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    model = ModelConfig.from_hf(hf_config, "bfloat16")
-    row_counts = [256] if args.tiny else args.rows
+    args = parse_args(__doc__.splitlines()[0], (16384, 4096, 1024, 256), tiny_rows=(256,))
+    model = read_model(args.model)
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), NUM_WEIGHTS + 1)
     shape = (2, model.intermediate_size, model.hidden_size)
     weights = [draw(key, shape, jnp.bfloat16) * model.hidden_size**-0.5 for key in keys[1:]]
-    rows = {n: draw(keys[0], (n, model.hidden_size), jnp.bfloat16) for n in row_counts}
-    cases = [(n, name, product) for n in row_counts for name, product in variants().items()]
+    rows = {n: draw(keys[0], (n, model.hidden_size), jnp.bfloat16) for n in args.rows}
+    cases = [(n, name, product) for n in args.rows for name, product in variants().items()]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(compiled, product, rows[n], weights) for n, _, product in cases]
         programs = [future.result() for future in tqdm(futures, desc="compiling")]
@@ -127,7 +111,7 @@ def main() -> None:
         result = time_variant(program, rows[num_rows], weights, args.repeat_s)
         results.append({"rows": num_rows, "variant": name} | result)
         print(f"{num_rows:6} rows {name:60} " + json.dumps(result), flush=True)
-    record = run_record(directory, model.dtype, "gated product")
+    record = run_record(args.model, model.dtype, "gated product")
     publish([record | {"repeat_s": args.repeat_s, "variants": results}], args.output)
 
 

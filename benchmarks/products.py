@@ -11,7 +11,6 @@ each number of rows the sum over a step, and last one JSON line.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
-from benchmarks.records import ROOT, Record, publish, run_record
+from benchmarks.records import ROOT, Record, publish, read_model, run_record
 from jaxengine.config import ModelConfig
 
 ROWS = (8, 64, 128, 256, 512, 1024, 16384)
@@ -146,10 +145,15 @@ def measure(
     return {"products": records, "steps": sums}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(description: str, rows: Sequence[int], tiny_rows: Sequence[int]) -> Any:
+    """Read the command line of a benchmark of products.
+
+    Returns:
+        Its arguments; with ``--tiny`` the model and the rows are replaced by small ones.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/models/llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
     parser.add_argument(
         "--repeat-s",
         type=float,
@@ -159,13 +163,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU runs in seconds")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     args = parser.parse_args()
-    directory = ROOT / "benchmarks/models/tiny-llama" if args.tiny else args.model
-    hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    model = ModelConfig.from_hf(hf_config, "bfloat16")
+    if args.tiny:
+        args.model, args.rows = ROOT / "benchmarks/models/tiny-llama", tiny_rows
+    return args
+
+
+def main() -> None:
+    args = parse_args(__doc__.splitlines()[0], ROWS, tiny_rows=(4, 16))
+    model = read_model(args.model)
     rates = device_rates(args.tiny)
-    record = run_record(directory, model.dtype, "products") | rates
-    row_counts = (4, 16) if args.tiny else args.rows
-    measured = measure(model, rates, row_counts, args.repeat_s)
+    record = run_record(args.model, model.dtype, "products") | rates
+    measured = measure(model, rates, args.rows, args.repeat_s)
     publish([record | {"repeat_s": args.repeat_s} | measured], args.output)
 
 

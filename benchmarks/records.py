@@ -1,4 +1,4 @@
-"""What the benchmarks share: records and where they go, percentiles, and runs of other programs.
+"""What the benchmarks share: records and where they go, models, percentiles, other programs.
 
 A record is one JSON object: a line of ``benchmarks/results/<device>.jsonl``.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from jaxengine.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +37,12 @@ def run_record(model: str | Path, dtype: str, workload: str) -> Record:
         "dtype": dtype,
         "workload": workload,
     }
+
+
+def read_model(directory: str | Path) -> ModelConfig:
+    """Return what a directory's config.json says, in bfloat16."""
+    hf_config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return ModelConfig.from_hf(hf_config, "bfloat16")
 
 
 def commit() -> str:

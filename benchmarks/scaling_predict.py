@@ -5,12 +5,10 @@ Everything is for the H200. ``python -m benchmarks.scaling --predict`` prints wh
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from benchmarks.records import ROOT, Record
+from benchmarks.records import ROOT, Record, read_model
 from benchmarks.scaling_model import CostModel, Layout
 from benchmarks.scaling_pieces import WIRES, Pieces, Wires, h200_pieces, read_records
 from benchmarks.workloads import WORKLOADS
@@ -54,11 +52,6 @@ PRESETS = (
 # Whole steps of Llama-3.1-8B. Source: LOG.md, "XLA options for a step": the better column.
 MEASURED_DECODE_MS = {(64, 256): 5.50, (256, 384): 10.34, (512, 200): 15.90, (1024, 120): 28.10}
 MEASURED_PREFILL_MS = {1: 49.0, 8: 380.1}  # prompts of 2,048 tokens
-
-
-def read_model(directory: str | Path) -> ModelConfig:
-    hf = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    return ModelConfig.from_hf(hf)
 
 
 @functools.cache

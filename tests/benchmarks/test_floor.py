@@ -1,18 +1,15 @@
 """The least time of a workload: by hand for a small one, and against figures worked out before."""
 
-import json
-
 import pytest
 
 from benchmarks.floor import RATES, Rates, floor_s, rates_of
-from benchmarks.records import ROOT
+from benchmarks.records import ROOT, read_model
 from benchmarks.workloads import WORKLOADS
 from jaxengine.config import ModelConfig
 
 
 def model(name: str) -> ModelConfig:
-    config = (ROOT / "benchmarks/models" / name / "config.json").read_text(encoding="utf-8")
-    return ModelConfig.from_hf(json.loads(config), "bfloat16")
+    return read_model(ROOT / "benchmarks/models" / name)
 
 
 @pytest.mark.parametrize(

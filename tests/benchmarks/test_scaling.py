@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks import scaling
-from benchmarks.records import ChildError
+from benchmarks.records import ChildError, read_model
 from benchmarks.scaling import add_speed_up, default_layouts, parse_sizes, run_layout
 from benchmarks.scaling_model import CostModel, Layout
 from benchmarks.scaling_pieces import WIRES, Pieces, fit_decode_attention
-from benchmarks.scaling_predict import MODELS, NO_WIRES, predict, read_model, validate
+from benchmarks.scaling_predict import MODELS, NO_WIRES, predict, validate
 
 # One byte and one operation a second, and nothing else costs anything.
 UNIT = Pieces(read_bytes_s=1.0, attention_s=0.0, product_flop_s=1e30, prefill_attention_flop_s=1e30)
