@@ -105,25 +105,33 @@ def read_exactly(connection: socket.socket, num_bytes: int) -> bytes:
     return bytes(data)
 
 
-def authenticate_client(connection: socket.socket, key: bytes) -> None:
+def authenticate_client(connection: socket.socket, key: bytes, timeout_s: float) -> None:
     """Prove to a server that this side knows the key, and have it prove the same.
+
+    Args:
+        connection: To the server.
+        key: The secret of both.
+        timeout_s: Longest time without an answer. A server hears one client after the other and
+            gives each ``HANDSHAKE_TIMEOUT_S``, so it should be several times that.
 
     Raises:
         AuthenticationError: If the other side has another key.
         ChannelClosedError: If it does not answer.
     """
-    _handshake(connection, key, own_role=b"client", other_role=b"server")
+    _handshake(connection, key, timeout_s, own_role=b"client", other_role=b"server")
 
 
 def authenticate_server(connection: socket.socket, key: bytes) -> None:
     """The other half of ``authenticate_client``."""
-    _handshake(connection, key, own_role=b"server", other_role=b"client")
+    _handshake(connection, key, HANDSHAKE_TIMEOUT_S, own_role=b"server", other_role=b"client")
 
 
-def _handshake(connection: socket.socket, key: bytes, own_role: bytes, other_role: bytes) -> None:
+def _handshake(
+    connection: socket.socket, key: bytes, timeout_s: float, own_role: bytes, other_role: bytes
+) -> None:
     """Exchange challenges, then answers. The role in an answer stops it from being sent back."""
-    connection.settimeout(HANDSHAKE_TIMEOUT_S)
-    with _closed_errors(HANDSHAKE_TIMEOUT_S):
+    connection.settimeout(timeout_s)
+    with _closed_errors(timeout_s):
         challenge = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(challenge)
         theirs = read_exactly(connection, NONCE_BYTES)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from jaxengine.config import EngineConfig
 from jaxengine.distributed.channel import (
+    HANDSHAKE_TIMEOUT_S,
     AuthenticationError,
     Channel,
     ChannelClosedError,
@@ -186,7 +187,9 @@ def join_leader(config: EngineConfig, facts: Facts, key: bytes) -> Channel:
     where = f"{config.master_addr} port {config.master_port + 1}"
     connection = _connect(config, deadline)
     try:
-        authenticate_client(connection, key)
+        # The leader may first have to give up on others who say nothing.
+        patience = max(HANDSHAKE_TIMEOUT_S, deadline - time.monotonic())
+        authenticate_client(connection, key, patience)
         channel = Channel(connection, config.distributed_timeout_seconds)
         values = {"rank": config.node_rank, "host": socket.gethostname(), "pid": os.getpid()}
         channel.send(Frame("hello", {**values, "facts": facts}))

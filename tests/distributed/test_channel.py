@@ -82,14 +82,14 @@ def test_frames_arrive_in_order_from_several_threads(pair: tuple[Channel, Channe
 def test_both_sides_accept_the_same_key(sockets: tuple[socket.socket, socket.socket]) -> None:
     client, server = sockets
     assert outcomes(
-        lambda: authenticate_client(client, KEY), lambda: authenticate_server(server, KEY)
+        lambda: authenticate_client(client, KEY, 5), lambda: authenticate_server(server, KEY)
     ) == [None, None]
 
 
 def test_both_sides_refuse_another_key(sockets: tuple[socket.socket, socket.socket]) -> None:
     client, server = sockets
     errors = outcomes(
-        lambda: authenticate_client(client, KEY), lambda: authenticate_server(server, OTHER_KEY)
+        lambda: authenticate_client(client, KEY, 5), lambda: authenticate_server(server, OTHER_KEY)
     )
     assert [type(error) for error in errors] == [AuthenticationError] * 2
 
