@@ -70,13 +70,18 @@ def main() -> None:
     publish(records, args.output)
 
 
-def generate(llm: LLM, workload: Workload, detokenize: bool) -> None:
+def generate(llm: LLM, workload: Workload, detokenize: bool = False) -> float:
+    """Run a workload, greedy and to its full length; return the seconds of the call."""
+    prompts = prompts_of(workload, llm.engine.model_config.vocab_size)
     params = [
         SamplingParams(temperature=0, max_tokens=n_out, ignore_eos=True, detokenize=detokenize)
         for _, n_out in workload
     ]
-    prompts = prompts_of(workload, llm.engine.model_config.vocab_size)
-    llm.generate(prompts, params, use_tqdm=False)
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in workload]
+    return seconds
 
 
 @contextlib.contextmanager

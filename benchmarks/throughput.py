@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.host_steps import summary, timed_steps
+from benchmarks.host_steps import generate, summary, timed_steps
 from benchmarks.records import Record, append, publish, run_record
-from benchmarks.workloads import WORKLOADS, prompts_of
-from jaxengine import LLM, SamplingParams
+from benchmarks.workloads import WORKLOADS
+from jaxengine import LLM
 
 WARM_UP_REQUESTS = 8
 
@@ -130,19 +130,6 @@ def live_bytes_by_device() -> list[int]:
         for shard in array.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     return [held[device] for device in sorted(held, key=lambda device: device.id)]
-
-
-def generate(llm: LLM, workload: list[tuple[int, int]]) -> float:
-    prompts = prompts_of(workload, llm.engine.model_config.vocab_size)
-    params = [
-        SamplingParams(temperature=0, max_tokens=n_out, ignore_eos=True, detokenize=False)
-        for _, n_out in workload
-    ]
-    started = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in workload]
-    return seconds
 
 
 if __name__ == "__main__":

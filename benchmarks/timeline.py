@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.throughput import generate
+from benchmarks.host_steps import generate
 from benchmarks.workloads import WORKLOADS
 from jaxengine import LLM
 
