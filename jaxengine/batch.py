@@ -18,6 +18,8 @@ class InputBatch:
 
     Attributes:
         decode_only: Static. Every row has one token: row r's is token r, and T == B.
+        last_tokens_only: Static. Of the output only each row's last token is read: what comes
+            after the cache has been written can be left out for the others.
     """
 
     token_ids: Int[Array, " T"]
@@ -29,6 +31,7 @@ class InputBatch:
     num_decode_rows: Int[Array, ""]
     logits_indices: Int[Array, " B"]  # each row's last token
     decode_only: bool = dataclasses.field(metadata={"static": True})
+    last_tokens_only: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,8 @@ def build_input_batch(
     tables: Int[Array, "S W"],
     last_tokens: Int[Array, " S"],
     block_size: int,
+    *,
+    last_tokens_only: bool = False,
 ) -> InputBatch:
     """Derive everything that the model needs from the packed parts.
 
@@ -106,6 +111,7 @@ def build_input_batch(
         tables: Block table of every slot; the last row belongs to no slot and holds zeros.
         last_tokens: Newest sampled token of every slot.
         block_size: Tokens a KV block holds.
+        last_tokens_only: Whether only the rows' last tokens are read of the output.
     """
     slots, seq_lens, query_lens = parts["slots"], parts["seq_lens"], parts["query_lens"]
     block_tables = tables[slots]
@@ -138,4 +144,5 @@ def build_input_batch(
         num_decode_rows=num_decode_rows,
         logits_indices=jnp.maximum(ends - 1, 0),
         decode_only=shape.decode_only,
+        last_tokens_only=last_tokens_only,
     )

@@ -22,6 +22,10 @@ from jaxengine.engine.sampler import argmax
 from jaxengine.models.decoder import LayerCaches
 from jaxengine.weights import ParamSpec, merge_params
 
+# Below, a last layer for the rows' last tokens alone would cost another set of products and kernels
+# at compilation, and spare little: a step of so few tokens waits for the weights.
+MIN_TOKENS_PER_ROW = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class StageParts:
@@ -74,12 +78,18 @@ def make_forward(
     It maps (params, caches, tables, last_tokens, packed) and, but for the first stage, the output
     [T, D] of the stage before, to (caches, tables, last_tokens) and what the next one needs: the
     output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] and, with
-    ``returns_hidden``, that output too. The token ids are the greedy ones, and ``last_tokens``
-    takes them over if the step is greedy: one program a step in the most common case.
+    ``returns_hidden``, that output too. Without it the last layer serves the rows' last tokens
+    alone, where they are few. The token ids are the greedy ones, and ``last_tokens`` takes them
+    over if the step is greedy: one program a step in the most common case.
 
     With ``overwrites_outputs`` the last stage takes two more arrays at the end, whose memory (not
     their values) it uses for token ids and logits.
     """
+    last_tokens_only = (
+        parts.is_last
+        and not returns_hidden
+        and shape.num_rows * MIN_TOKENS_PER_ROW <= shape.num_tokens
+    )
 
     def forward(
         params: dict[str, jax.Array],
@@ -94,12 +104,16 @@ def make_forward(
         tables = update_tables(
             tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
         )
-        batch = build_input_batch(shape, inputs, tables, last_tokens, block_size)
+        batch = build_input_batch(
+            shape, inputs, tables, last_tokens, block_size, last_tokens_only=last_tokens_only
+        )
         model = merge_params(parts.definition, params)
         hidden, caches = model(batch, caches, *incoming)
         if not parts.is_last:
             return caches, tables, last_tokens, hidden
-        chosen = hidden if shape.decode_only else hidden[batch.logits_indices]
+        # Asked for the last tokens only, a model may leave out the others, or not.
+        is_chosen = last_tokens_only and hidden.shape[0] == shape.num_rows
+        chosen = hidden if shape.decode_only or is_chosen else hidden[batch.logits_indices]
         logits = model.compute_logits(chosen)
         token_ids = argmax(logits)
         never = last_tokens.shape[0]  # past the end: not stored

@@ -48,6 +48,8 @@ class Attention(nnx.Module):
 
     The fused weight is grouped by KV head, [K, G + 2, H, D] with the G query heads of the group,
     then its key and its value: cutting axis K gives every shard whole groups.
+
+    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D].
     """
 
     def __init__(self, spec: AttentionSpec, *, dtype: Any) -> None:
@@ -81,7 +83,7 @@ class Attention(nnx.Module):
         k_cache: Float[Array, "num_blocks K block_size H"],
         v_cache: Float[Array, "num_blocks K block_size H"],
     ) -> tuple[
-        Float[Array, "T D"],
+        Float[Array, "outputs D"],
         Float[Array, "num_blocks K block_size H"],
         Float[Array, "num_blocks K block_size H"],
     ]:
@@ -93,6 +95,9 @@ class Attention(nnx.Module):
             v_cache,
             norm=self._head_norm(),
         )
+        if batch.last_tokens_only:
+            # A row's last token sees all of its keys, as a decode row does.
+            q = q[batch.logits_indices]
         attended = paged_attention(
             q,
             k_cache,
@@ -104,7 +109,7 @@ class Attention(nnx.Module):
             scale=1 / math.sqrt(self.spec.head_dim),
             sliding_window=self.spec.sliding_window,
             logits_soft_cap=self.spec.logits_soft_cap,
-            decode_only=batch.decode_only,
+            decode_only=batch.decode_only or batch.last_tokens_only,
             implementation=self.spec.implementation,
         )
         return self.o_proj(attended), k_cache, v_cache

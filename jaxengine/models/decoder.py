@@ -51,7 +51,10 @@ class ModelOptions:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D].
+    """
 
     def __init__(
         self, config: ModelConfig, spec: DecoderSpec, options: ModelOptions, layer: int
@@ -84,8 +87,10 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: Any, caches: tuple[Array, Array]
-    ) -> tuple[Float[Array, "T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "outputs D"], tuple[Array, Array]]:
         attended, *new_caches = self.attention(self.input_norm(x), batch, cos_sin, *caches)
+        if batch.last_tokens_only:
+            x = x[batch.logits_indices]
         x = x + attended
         x = x + self.mlp(self.post_attention_norm(x))
         return x, (new_caches[0], new_caches[1])
@@ -133,8 +138,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
-    ) -> tuple[Float[Array, "T D"], LayerCaches]:
+    ) -> tuple[Float[Array, "outputs D"], LayerCaches]:
         """Run the stage's layers over the step's tokens.
+
+        With ``batch.last_tokens_only`` the last layer does little more than write its cache for
+        tokens whose output nobody reads, and the output is [B, D]: in a long prefill one layer's
+        work less.
 
         Args:
             batch: The step.
@@ -151,9 +160,11 @@ class Decoder(nnx.Module):
         )
         cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
         new_caches = []
+        all_tokens = dataclasses.replace(batch, last_tokens_only=False)
         for number, cache in zip(self.layer_numbers, caches, strict=True):
             layer = self.layers[str(number)]  # the dict's own order is alphabetic: 0, 1, 10, 2
-            x, cache = _run_layer(*nnx.split(layer), x, batch, cos_sin, cache)
+            wanted = batch if number == config.num_layers - 1 else all_tokens
+            x, cache = _run_layer(*nnx.split(layer), x, wanted, cos_sin, cache)
             new_caches.append(cache)
         return x, new_caches
 
