@@ -3,6 +3,7 @@
 CompilerOptions = dict[str, bool | str]
 
 TRITON_GEMM_MAX_TOKENS = 32
+LARGE_STEP_TOKENS = 4096
 
 
 def compiler_options(platform: str, num_tokens: int = 0) -> CompilerOptions:
@@ -27,3 +28,11 @@ def compiler_options(platform: str, num_tokens: int = 0) -> CompilerOptions:
     if num_tokens > TRITON_GEMM_MAX_TOKENS:
         options["xla_gpu_enable_triton_gemm"] = False
     return options
+
+
+def compiles_slowly(num_tokens: int) -> bool:
+    """Whether XLA works on a GPU step of so many tokens for much longer than on most.
+
+    In small steps it compares products written in Triton, in large ones each trial takes long.
+    """
+    return num_tokens <= TRITON_GEMM_MAX_TOKENS or num_tokens >= LARGE_STEP_TOKENS

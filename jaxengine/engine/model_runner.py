@@ -18,6 +18,8 @@ from tqdm import tqdm
 from jaxengine.batch import StepShape
 from jaxengine.engine.batch_builder import BatchBuilder, packed_views
 from jaxengine.engine.buckets import Buckets
+from jaxengine.engine.compiler_options import compiles_slowly
+from jaxengine.engine.garbage_collection import paused_garbage_collection
 from jaxengine.engine.logprobs import TokenLogprobs
 from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored, scoring_inputs
 from jaxengine.engine.sampler import SamplerOutput
@@ -202,8 +204,11 @@ class ModelRunner:
         ]
         if not programs:
             return
+        # What takes longest goes first, or the start would end with waiting for it alone.
+        programs.sort(key=lambda program: not compiles_slowly(program[1].num_tokens))
         max_workers = max(1, (os.cpu_count() or 2) - 1)
         with (
+            paused_garbage_collection(),
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
             tqdm(total=len(programs), desc="Compiling steps", disable=not show_progress) as bar,
         ):

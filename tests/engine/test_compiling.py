@@ -1,5 +1,6 @@
 """All steps are compiled at start: traced one at a time, compiled side by side."""
 
+import gc
 import os
 import threading
 import time
@@ -10,6 +11,8 @@ import pytest
 
 from jaxengine.batch import StepShape
 from jaxengine.engine import stage as stage_module
+from jaxengine.engine.compiler_options import compiles_slowly
+from jaxengine.engine.garbage_collection import paused_garbage_collection
 from jaxengine.engine.model_runner import ModelRunner
 from tests.helpers import make_llm
 
@@ -19,6 +22,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self.traced: list[StepShape] = []
+        self.collects: set[bool] = set()  # whether garbage was collected meanwhile
         self.num_tracing = self.most_tracing = self.num_compiling = self.most_compiling = 0
         self._lock = threading.Lock()
 
@@ -29,6 +33,7 @@ class Compiler:
             def lower(self, *_: Any) -> "Forward":
                 with compiler._lock:
                     compiler.traced.append(shape)
+                    compiler.collects.add(gc.isenabled())
                     compiler.num_tracing += 1
                     compiler.most_tracing = max(compiler.most_tracing, compiler.num_tracing)
                 time.sleep(0.01)
@@ -69,7 +74,8 @@ def test_steps_are_traced_one_at_a_time_and_compiled_side_by_side(
     shapes = compile_all(chat_model)._buckets.all_shapes()
     assert len(shapes) > 5
     assert sorted(compiler.traced, key=str) == sorted(shapes, key=str)
-    assert compiler.traced[0] == shapes[0]  # the largest
+    slow = [shape for shape in shapes if compiles_slowly(shape.num_tokens)]
+    assert compiler.traced[0] == slow[0]
     assert compiler.most_tracing == 1
     assert compiler.most_compiling > 1
 
@@ -78,3 +84,35 @@ def test_the_seconds_of_every_step_are_known(chat_model: Path, compiler: Compile
     seconds = compile_all(chat_model).compile_seconds
     assert set(seconds) == set(compiler.traced)
     assert min(seconds.values()) > 0
+
+
+def test_what_compiles_slowly_goes_first(chat_model: Path, compiler: Compiler) -> None:
+    compile_all(chat_model)
+    is_slow = [compiles_slowly(shape.num_tokens) for shape in compiler.traced]
+    assert 0 < sum(is_slow) < len(is_slow)
+    # Several threads take the shapes in order, and trace nearly in that order.
+    assert sum(is_slow[: sum(is_slow)]) >= sum(is_slow) - 3
+
+
+def test_garbage_is_not_collected_while_steps_are_traced(
+    chat_model: Path, compiler: Compiler
+) -> None:
+    compile_all(chat_model)
+    assert compiler.collects == {False}
+    assert gc.isenabled()
+
+
+def test_a_failed_compilation_leaves_the_garbage_collector_on() -> None:
+    with pytest.raises(MemoryError), paused_garbage_collection():
+        raise MemoryError
+    assert gc.isenabled()
+
+
+def test_who_has_switched_the_garbage_collector_off_finds_it_off() -> None:
+    gc.disable()
+    try:
+        with paused_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
