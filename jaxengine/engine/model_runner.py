@@ -5,6 +5,7 @@ It never waits for the devices: ``execute`` returns a PendingStep whose tokens a
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,12 +22,13 @@ from jaxengine.engine.buckets import Buckets
 from jaxengine.engine.compiler_options import compiles_slowly
 from jaxengine.engine.garbage_collection import paused_garbage_collection
 from jaxengine.engine.logprobs import TokenLogprobs
+from jaxengine.engine.program_cache import jax_cache_only_read
 from jaxengine.engine.prompt_scorer import PromptScorer, PromptScores, is_scored, scoring_inputs
 from jaxengine.engine.sampler import SamplerOutput
 from jaxengine.engine.sampler_programs import SamplerPrograms
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.scheduler_output import SchedulerOutput
-from jaxengine.engine.stage import Stage
+from jaxengine.engine.stage import CompiledStep, Stage
 from jaxengine.engine.stage_link import StageLink
 from jaxengine.engine.step import make_prompt_scorer, store_tokens
 from jaxengine.engine.step_inputs import StepInputs
@@ -192,7 +194,11 @@ class ModelRunner:
             stage.set_num_blocks(num_blocks)
 
     def compile_all(self, *, show_progress: bool) -> None:
-        """Compile every step shape, several at a time, so that none compiles during a run.
+        """Load or compile every step shape, so that none compiles during a run.
+
+        This thread traces, which needs the interpreter, and the others are with XLA, which does
+        not. What holds the interpreter too, writing programs to the disk, waits until all is
+        traced. What takes XLA longest goes first, or the start would end with waiting for it.
 
         Before ``start``: XLA tries out matrix products while there is memory for it.
         """
@@ -204,16 +210,25 @@ class ModelRunner:
         ]
         if not programs:
             return
-        # What takes longest goes first, or the start would end with waiting for it alone.
-        programs.sort(key=lambda program: not compiles_slowly(program[1].num_tokens))
         max_workers = max(1, (os.cpu_count() or 2) - 1)
+        is_kept = all(stage.keeps_programs for stage in self.stages)
         with (
             paused_garbage_collection(),
+            jax_cache_only_read() if is_kept else contextlib.nullcontext(),
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
             tqdm(total=len(programs), desc="Compiling steps", disable=not show_progress) as bar,
         ):
-            for _ in pool.map(lambda program: program[0].program(program[1]), programs):
-                bar.update()
+            is_loaded = pool.map(lambda program: program[0].load(program[1]), programs)
+            missing = [p for p, is_there in zip(programs, is_loaded, strict=True) if not is_there]
+            bar.update(len(programs) - len(missing))
+            missing.sort(key=lambda program: not compiles_slowly(program[1].num_tokens))
+            compiling: dict[concurrent.futures.Future[CompiledStep], Stage] = {}
+            for stage, shape in missing:
+                future = pool.submit(stage.compile, stage.lower(shape))
+                future.add_done_callback(lambda _: bar.update())
+                compiling[future] = stage
+            for future in concurrent.futures.as_completed(compiling):
+                compiling[future].keep(future.result())
 
     def warm_up_samplers(self) -> None:
         """Compile the samplers of the common variants in the background; returns at once."""

@@ -11,14 +11,17 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import math
 import os
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
+
+from jaxengine.engine.compiler_options import CompilerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +68,19 @@ class ProgramCache:
         """Where a program lies that depends on ``facts`` too."""
         return self._directory / f"{_digest(self._digest, *facts)}.step"
 
-    def get(
-        self, facts: Sequence[object], compile_program: Callable[[], jax.stages.Compiled]
-    ) -> jax.stages.Compiled:
-        """Return the program that depends on ``facts``: load it, or compile and keep it."""
-        path = self.path(facts)
-        if (program := self._load(path)) is not None:
-            return program
-        num_hits = _num_hits()
-        program = compile_program()
-        # What jax's cache gave was serialized already, and not every backend can do that twice.
-        if _num_hits() == num_hits:
-            self._store(path, program)
-        return program
+    def load(self, facts: Sequence[object]) -> jax.stages.Compiled | None:
+        """Return the program that depends on ``facts``; None if it is not there or damaged."""
+        return self._read(self.path(facts))
 
-    def _load(self, path: Path) -> jax.stages.Compiled | None:
-        """Return None if the program was never stored, or cannot be read any more."""
+    def store(self, facts: Sequence[object], program: jax.stages.Compiled) -> None:
+        """Keep a program; if that fails (a full or read-only disk), say so and try no more.
+
+        Most of it, XLA writing a program down, holds the interpreter: 0.1 to 0.3 s.
+        """
+        if not self._has_failed:
+            self._write(self.path(facts), program)
+
+    def _read(self, path: Path) -> jax.stages.Compiled | None:
         try:
             executable, in_tree, out_tree = pickle.loads(path.read_bytes())
             return serialize_executable.deserialize_and_load(
@@ -98,10 +98,7 @@ class ProgramCache:
                 path.unlink()
             return None
 
-    def _store(self, path: Path, program: jax.stages.Compiled) -> None:
-        """Keep a program; if that fails (a full or read-only disk), say so and try no more."""
-        if self._has_failed:
-            return
+    def _write(self, path: Path, program: jax.stages.Compiled) -> None:
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             serialized = pickle.dumps(serialize_executable.serialize(program))
@@ -124,8 +121,33 @@ class _Hits(threading.local):
 _hits = _Hits()
 
 
-def _num_hits() -> int:
-    return _hits.count
+def compile_lowered(
+    lowered: jax.stages.Lowered, options: CompilerOptions
+) -> tuple[jax.stages.Compiled, bool]:
+    """Compile a program.
+
+    Returns:
+        The program, and whether it may be stored: what jax's cache gave was serialized already,
+        and not every backend can do that twice.
+    """
+    num_hits = _hits.count
+    program = lowered.compile(options)
+    return program, _hits.count == num_hits
+
+
+@contextlib.contextmanager
+def jax_cache_only_read() -> Iterator[None]:
+    """Meanwhile jax's own cache takes in nothing: it would hold all that is kept here again.
+
+    Writing 27 steps down a second time cost a start 7 s, as each holds the interpreter.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _note_event(event: str, **_: object) -> None:

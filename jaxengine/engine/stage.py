@@ -3,9 +3,9 @@
 Every stage sees every step, in the order of dispatch, and keeps its own block tables.
 """
 
-import functools
-import threading
+import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,17 +17,33 @@ from jaxengine.engine.batch_builder import TableUpdates
 from jaxengine.engine.compiler_options import CompilerOptions, compiler_options
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.output_buffers import OutputBuffers
-from jaxengine.engine.program_cache import ProgramCache
+from jaxengine.engine.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.step import StageParts, apply_table_updates, make_forward
 from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
 
 TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
 
-# Tracing a step needs the interpreter, XLA's work on it does not. Threads that trace at the same
-# time share the interpreter and end together, the largest step too, which XLA then takes longest
-# for. One after the other, the first is with XLA while the rest is being traced.
-_TRACING = threading.Lock()
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """A step that XLA has not seen yet, and the seconds that tracing it took."""
+
+    shape: StepShape
+    returns_hidden: bool
+    lowered: jax.stages.Lowered
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step's program, whether it may be kept on disk, and the seconds it took altogether."""
+
+    shape: StepShape
+    returns_hidden: bool
+    program: jax.stages.Compiled
+    is_storable: bool
+    seconds: float
 
 
 class Stage:
@@ -155,11 +171,16 @@ class Stage:
         buffers = self.output_buffers
         return buffers if buffers is not None and buffers.serves(shape.num_rows) else None
 
+    @property
+    def keeps_programs(self) -> bool:
+        """Whether compiled steps are kept for the next start."""
+        return self._program_cache is not None
+
     def program(self, shape: StepShape, returns_hidden: bool = False) -> jax.stages.Compiled:
-        """Return the compiled forward step of a shape; compiles it the first time."""
+        """Return the compiled forward step of a shape; makes it the first time."""
         key = (shape, returns_hidden)
-        if key not in self._programs:
-            self._programs[key] = self._load_or_compile(shape, returns_hidden)
+        if key not in self._programs and not self.load(shape, returns_hidden):
+            self.keep(self.compile(self.lower(shape, returns_hidden)))
         return self._programs[key]
 
     def has_program(self, shape: StepShape) -> bool:
@@ -172,23 +193,45 @@ class Stage:
         outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return analysis.temp_size_in_bytes + max(outputs, 0)
 
-    def _load_or_compile(self, shape: StepShape, returns_hidden: bool) -> jax.stages.Compiled:
-        options = compiler_options(self.parts.platform, shape.num_tokens)
-        overwrites_outputs = self._buffers_of(shape) is not None
-        compile_step = functools.partial(self._compile, shape, returns_hidden, options)
+    def load(self, shape: StepShape, returns_hidden: bool = False) -> bool:
+        """Take a step's program from the disk; False if it is not there."""
         if self._program_cache is None:
-            return compile_step()
-        state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
-        facts = (*state, shape, returns_hidden, overwrites_outputs, options)
+            return False
         started = time.perf_counter()
-        self.compile_seconds.pop(shape, None)
-        program = self._program_cache.get(facts, compile_step)
-        self.compile_seconds.setdefault(shape, time.perf_counter() - started)  # if it was loaded
-        return program
+        program = self._program_cache.load(self._facts(shape, returns_hidden))
+        if program is None:
+            return False
+        self._programs[shape, returns_hidden] = program
+        self.compile_seconds[shape] = time.perf_counter() - started
+        return True
 
-    def _compile(
-        self, shape: StepShape, returns_hidden: bool, options: CompilerOptions
-    ) -> jax.stages.Compiled:
+    def compile(self, step: LoweredStep) -> CompiledStep:
+        """Let XLA compile a step; changes nothing here, so several threads can do it."""
+        started = time.perf_counter()
+        program, is_storable = compile_lowered(step.lowered, self._options(step.shape))
+        seconds = step.seconds + time.perf_counter() - started
+        return CompiledStep(step.shape, step.returns_hidden, program, is_storable, seconds)
+
+    def keep(self, step: CompiledStep) -> None:
+        """Take a compiled step, and store it for the next start."""
+        self._programs[step.shape, step.returns_hidden] = step.program
+        self.compile_seconds[step.shape] = step.seconds
+        if self._program_cache is not None and step.is_storable:
+            self._program_cache.store(self._facts(step.shape, step.returns_hidden), step.program)
+
+    def _options(self, shape: StepShape) -> CompilerOptions:
+        parts = self.parts
+        return compiler_options(parts.platform, shape.num_tokens, is_hopper=parts.is_on_hopper)
+
+    def _facts(self, shape: StepShape, returns_hidden: bool) -> Sequence[object]:
+        """What a step's program depends on, beside what is the same for all steps."""
+        state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
+        overwrites_outputs = self._buffers_of(shape) is not None
+        return (*state, shape, returns_hidden, overwrites_outputs, self._options(shape))
+
+    def lower(self, shape: StepShape, returns_hidden: bool = False) -> LoweredStep:
+        """Trace a step. This holds the interpreter: threads doing it at once gain nothing."""
+        started = time.perf_counter()
         parts = self.parts
         mesh = parts.mesh
         buffers = self._buffers_of(shape)
@@ -204,17 +247,13 @@ class Stage:
             return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=replicated(mesh))
 
         hidden = zeros(self.cache_spec.dtype, shape.num_tokens, self._hidden_size)
-        with _TRACING:
-            started = time.perf_counter()
-            lowered = forward.lower(
-                {path: spec.abstract(mesh) for path, spec in parts.specs.items()},
-                self.cache_spec.abstract(self.num_blocks, mesh),
-                zeros(jnp.int32, *self._table_shape),
-                zeros(jnp.int32, self._max_num_seqs),
-                zeros(jnp.int32, shape.packed_size),
-                *([] if parts.is_first else [hidden]),
-                *([] if buffers is None else buffers.abstract(shape.num_rows)),
-            )
-        program = lowered.compile(options)
-        self.compile_seconds[shape] = time.perf_counter() - started
-        return program
+        lowered = forward.lower(
+            {path: spec.abstract(mesh) for path, spec in parts.specs.items()},
+            self.cache_spec.abstract(self.num_blocks, mesh),
+            zeros(jnp.int32, *self._table_shape),
+            zeros(jnp.int32, self._max_num_seqs),
+            zeros(jnp.int32, shape.packed_size),
+            *([] if parts.is_first else [hidden]),
+            *([] if buffers is None else buffers.abstract(shape.num_rows)),
+        )
+        return LoweredStep(shape, returns_hidden, lowered, time.perf_counter() - started)

@@ -26,6 +26,8 @@ from jaxengine.weights import ParamSpec, merge_params
 # at compilation, and spare little: a step of so few tokens waits for the weights.
 MIN_TOKENS_PER_ROW = 2
 
+HOPPER_NAMES = ("H100", "H200", "H800", "GH200")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageParts:
@@ -63,6 +65,11 @@ class StageParts:
     def is_on_cpu(self) -> bool:
         """Whether its devices are CPUs."""
         return self.platform == "cpu"
+
+    @property
+    def is_on_hopper(self) -> bool:
+        """Whether its devices are GPUs of the kind that most here was measured on."""
+        return any(name in self.mesh.devices.flat[0].device_kind for name in HOPPER_NAMES)
 
 
 def make_forward(

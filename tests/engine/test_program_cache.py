@@ -16,16 +16,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxengine import LLM
 from jaxengine.batch import StepShape
 from jaxengine.engine.program_cache import ProgramCache, cache_directory
-from jaxengine.engine.stage import Stage
+from jaxengine.engine.stage import CompiledStep, LoweredStep, Stage
 from tests.helpers import greedy, make_llm
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21, 22]]
 DECODE = StepShape(4, 4, decode_only=True)
 
 
-def with_cache(model: Path, directory: Path, facts: Sequence[object] = ("a model",)) -> LLM:
+def with_cache(
+    model: Path, directory: Path, facts: Sequence[object] = ("a model",), **options: Any
+) -> LLM:
     """An engine whose steps are kept; on a CPU none are unless a test says so."""
-    llm = make_llm(model)
+    llm = make_llm(model, **options)
     (stage,) = llm.engine.runner.stages
     stage._program_cache = ProgramCache(directory, jax.devices()[:1], facts)
     return llm
@@ -59,13 +61,13 @@ def generate(llm: LLM) -> list[list[int]]:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
     """Shapes that were compiled rather than loaded."""
     shapes: list[StepShape] = []
-    compile_step = Stage._compile
+    compile_step = Stage.compile
 
-    def spy(self: Stage, shape: StepShape, *args: Any) -> jax.stages.Compiled:
-        shapes.append(shape)
-        return compile_step(self, shape, *args)
+    def spy(self: Stage, step: LoweredStep) -> CompiledStep:
+        shapes.append(step.shape)
+        return compile_step(self, step)
 
-    monkeypatch.setattr(Stage, "_compile", spy)
+    monkeypatch.setattr(Stage, "compile", spy)
     return shapes
 
 
@@ -127,6 +129,31 @@ def test_what_jax_had_already_is_not_kept_again(chat_model: Path, tmp_path: Path
     assert len(list((tmp_path / "one").iterdir())) == 1
     with_cache(chat_model, tmp_path / "two").engine.runner.stages[0].program(DECODE)
     assert not (tmp_path / "two").exists()
+
+
+def test_a_start_keeps_every_step_once(
+    chat_model: Path, tmp_path: Path, compiled: list[StepShape]
+) -> None:
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 32}
+    jax_cache = Path(jax.config.values["jax_compilation_cache_dir"])
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 0)
+    try:
+        with_cache(chat_model, tmp_path / "one").engine.runner.stages[0].program(DECODE)
+        assert len(list(jax_cache.rglob("*forward*-cache"))) == 1  # not at the start: in both
+        compiled.clear()
+        for _ in range(2):
+            llm = with_cache(chat_model, tmp_path / "steps", **limits)
+            runner = llm.engine.runner
+            runner.compile_all(show_progress=False)
+            assert len(compiled) == len(runner._buckets.all_shapes())  # all of them the first time
+            assert len(list((tmp_path / "steps").iterdir())) == len(compiled)
+            assert len(list(jax_cache.rglob("*forward*-cache"))) == 1
+            assert len(generate(llm)) == len(PROMPTS)
+        assert jax.config.values[name] == 0
+    finally:
+        jax.config.update(name, before)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", "half"])
