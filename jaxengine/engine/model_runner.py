@@ -142,6 +142,7 @@ class ModelRunner:
             vocab_size=vocab_size,
             max_num_seqs=max_num_seqs,
             dtype=last.cache_spec.dtype,
+            program_cache=last.program_cache,
         )
         self.sampling_state = SamplingState(max_num_seqs, vocab_size)
         # Steps whose tokens the last stage has and the first one has not: targets and token ids.
@@ -211,7 +212,7 @@ class ModelRunner:
         if not programs:
             return
         max_workers = max(1, (os.cpu_count() or 2) - 1)
-        is_kept = all(stage.keeps_programs for stage in self.stages)
+        is_kept = all(stage.program_cache is not None for stage in self.stages)
         with (
             paused_garbage_collection(),
             jax_cache_only_read() if is_kept else contextlib.nullcontext(),

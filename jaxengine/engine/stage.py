@@ -79,7 +79,7 @@ class Stage:
         self._max_num_seqs = max_num_seqs
         self._table_shape = (max_num_seqs + 1, max_blocks_per_seq)
         self.num_blocks = 0
-        self._program_cache = program_cache
+        self.program_cache = program_cache
         self.output_buffers = output_buffers
         self._programs: dict[tuple[StepShape, bool], jax.stages.Compiled] = {}
 
@@ -171,11 +171,6 @@ class Stage:
         buffers = self.output_buffers
         return buffers if buffers is not None and buffers.serves(shape.num_rows) else None
 
-    @property
-    def keeps_programs(self) -> bool:
-        """Whether compiled steps are kept for the next start."""
-        return self._program_cache is not None
-
     def program(self, shape: StepShape, returns_hidden: bool = False) -> jax.stages.Compiled:
         """Return the compiled forward step of a shape; makes it the first time."""
         key = (shape, returns_hidden)
@@ -195,10 +190,10 @@ class Stage:
 
     def load(self, shape: StepShape, returns_hidden: bool = False) -> bool:
         """Take a step's program from the disk; False if it is not there."""
-        if self._program_cache is None:
+        if self.program_cache is None:
             return False
         started = time.perf_counter()
-        program = self._program_cache.load(self._facts(shape, returns_hidden))
+        program = self.program_cache.load(self._facts(shape, returns_hidden))
         if program is None:
             return False
         self._programs[shape, returns_hidden] = program
@@ -216,8 +211,8 @@ class Stage:
         """Take a compiled step, and store it for the next start."""
         self._programs[step.shape, step.returns_hidden] = step.program
         self.compile_seconds[step.shape] = step.seconds
-        if self._program_cache is not None and step.is_storable:
-            self._program_cache.store(self._facts(step.shape, step.returns_hidden), step.program)
+        if self.program_cache is not None and step.is_storable:
+            self.program_cache.store(self._facts(step.shape, step.returns_hidden), step.program)
 
     def _options(self, shape: StepShape) -> CompilerOptions:
         parts = self.parts

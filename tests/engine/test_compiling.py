@@ -123,7 +123,7 @@ def test_programs_are_written_down_when_all_is_traced(chat_model: Path, compiler
     stored: list[tuple[Any, int]] = []  # program, shapes traced by then
     limits = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
     runner = make_llm(chat_model, **limits).engine.runner
-    runner.stages[0]._program_cache = types.SimpleNamespace(
+    runner.stages[0].program_cache = types.SimpleNamespace(
         load=lambda facts: None,
         store=lambda facts, program: stored.append((program, len(compiler.traced))),
     )

@@ -1,5 +1,6 @@
 """Compiled steps are found again by another engine, and only by one that would make the same."""
 
+import functools
 import itertools
 import logging
 import os
@@ -16,7 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxengine import LLM
 from jaxengine.batch import StepShape
 from jaxengine.engine.program_cache import ProgramCache, cache_directory
+from jaxengine.engine.sampler_programs import COMMON_VARIANTS, SamplerPrograms
 from jaxengine.engine.stage import CompiledStep, LoweredStep, Stage
+from jaxengine.sharding import make_mesh
 from tests.helpers import greedy, make_llm
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21, 22]]
@@ -29,7 +32,7 @@ def with_cache(
     """An engine whose steps are kept; on a CPU none are unless a test says so."""
     llm = make_llm(model, **options)
     (stage,) = llm.engine.runner.stages
-    stage._program_cache = ProgramCache(directory, jax.devices()[:1], facts)
+    stage.program_cache = ProgramCache(directory, jax.devices()[:1], facts)
     return llm
 
 
@@ -118,7 +121,7 @@ def test_whatever_changes_the_program_changes_its_name(
         monkeypatch.setattr("jaxengine.engine.program_cache.source_digest", lambda: "other")
     elif change == "devices":
         devices = devices * 2
-    stage._program_cache = ProgramCache(tmp_path, devices, facts)
+    stage.program_cache = ProgramCache(tmp_path, devices, facts)
     compiled.clear()
     stage.program(shape, returns_hidden)
     assert compiled == [shape]
@@ -154,6 +157,28 @@ def test_a_start_keeps_every_step_once(
         assert jax.config.values[name] == 0
     finally:
         jax.config.update(name, before)
+
+
+def test_samplers_are_kept_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(jax.devices()[:1])
+    num_compiled = []
+
+    def lower(*args: Any) -> Any:
+        num_compiled.append(args)
+        return SamplerPrograms._lower(*args)
+
+    outputs = []
+    for _ in range(2):
+        cache = ProgramCache(tmp_path / "steps", jax.devices()[:1], ())
+        programs = SamplerPrograms(
+            mesh, vocab_size=16, max_num_seqs=4, dtype="float32", program_cache=cache
+        )
+        monkeypatch.setattr(programs, "_lower", functools.partial(lower, programs))
+        assert programs.temp_bytes(2) > 0
+        program = programs._program(COMMON_VARIANTS[0], 2)
+        outputs.append(program.memory_analysis().argument_size_in_bytes)  # type: ignore[union-attr]
+    assert len(num_compiled) == 2  # both of the first run
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", "half"])
