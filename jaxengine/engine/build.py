@@ -1,6 +1,7 @@
 """Puts an engine together from EngineConfig, whose only reader this is."""
 
 import dataclasses
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -53,13 +54,24 @@ class Startup:
         return "\n".join(lines)
 
     def _programs(self) -> str:
-        if not self.compile_seconds:
+        seconds = self.compile_seconds
+        if not seconds:
             return "steps compile when they are first needed"
-        shape, slowest = max(self.compile_seconds.items(), key=lambda item: item[1])
-        return (
-            f"{len(self.compile_seconds)} step programs in {self.compile_s:.1f} s (slowest: "
-            f"{shape.num_tokens} tokens, {shape.num_rows} rows, {slowest:.1f} s)"
-        )
+        lines = [f"{len(seconds)} step programs in {self.compile_s:.1f} s, each in seconds"]
+        for decode_only, title in ((False, "prefill, tokens x rows"), (True, "decoding, rows")):
+            listed = ", ".join(
+                f"{_size_text(shape)}: {seconds[shape]:.1f}"
+                for shape in sorted(seconds, key=lambda s: (s.num_tokens, s.num_rows))
+                if shape.decode_only == decode_only
+            )
+            lines += textwrap.wrap(
+                f"{title}: {listed}", 96, initial_indent="    ", subsequent_indent="      "
+            )
+        return "\n".join(lines)
+
+
+def _size_text(shape: StepShape) -> str:
+    return f"{shape.num_rows}" if shape.decode_only else f"{shape.num_tokens}x{shape.num_rows}"
 
 
 @dataclasses.dataclass(frozen=True)

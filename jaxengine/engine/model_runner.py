@@ -214,7 +214,6 @@ class ModelRunner:
         max_workers = max(1, (os.cpu_count() or 2) - 1)
         is_kept = all(stage.program_cache is not None for stage in self.stages)
         with (
-            paused_garbage_collection(),
             jax_cache_only_read() if is_kept else contextlib.nullcontext(),
             concurrent.futures.ThreadPoolExecutor(max_workers) as pool,
             tqdm(total=len(programs), desc="Compiling steps", disable=not show_progress) as bar,
@@ -222,12 +221,15 @@ class ModelRunner:
             is_loaded = pool.map(lambda program: program[0].load(program[1]), programs)
             missing = [p for p, is_there in zip(programs, is_loaded, strict=True) if not is_there]
             bar.update(len(programs) - len(missing))
+            if not missing:
+                return
             missing.sort(key=lambda program: not compiles_slowly(program[1].num_tokens))
             compiling: dict[concurrent.futures.Future[CompiledStep], Stage] = {}
-            for stage, shape in missing:
-                future = pool.submit(stage.compile, stage.lower(shape))
-                future.add_done_callback(lambda _: bar.update())
-                compiling[future] = stage
+            with paused_garbage_collection():
+                for stage, shape in missing:
+                    future = pool.submit(stage.compile, stage.lower(shape))
+                    future.add_done_callback(lambda _: bar.update())
+                    compiling[future] = stage
             for future in concurrent.futures.as_completed(compiling):
                 compiling[future].keep(future.result())
 

@@ -1,5 +1,6 @@
 """All steps are compiled at start: traced one at a time, compiled side by side."""
 
+import dataclasses
 import gc
 import os
 import threading
@@ -103,6 +104,15 @@ def test_garbage_is_not_collected_while_steps_are_traced(
     assert gc.isenabled()
 
 
+def test_garbage_is_collected_once_all_is_traced(
+    chat_model: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced_by_then: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda: traced_by_then.append(len(compiler.traced)))
+    compile_all(chat_model)
+    assert traced_by_then == [len(compiler.traced)]
+
+
 def test_a_failed_compilation_leaves_the_garbage_collector_on() -> None:
     with pytest.raises(MemoryError), paused_garbage_collection():
         raise MemoryError
@@ -143,3 +153,20 @@ def test_a_step_that_does_not_compile_is_an_error(
     monkeypatch.setattr(Stage, "compile", fail)
     with pytest.raises(RuntimeError, match="are too many"):
         compile_all(chat_model)
+
+
+def test_the_start_prints_the_seconds_of_every_step(chat_model: Path) -> None:
+    startup = make_llm(chat_model).startup
+    assert "steps compile when they are first needed" in startup.text()
+    seconds = {
+        StepShape(64, 64, decode_only=False): 1.25,
+        StepShape(512, 32, decode_only=False): 20.0,
+        StepShape(64, 64, decode_only=True): 0.5,
+        **{StepShape(rows, rows, decode_only=True): 3.0 for rows in range(1000, 1020)},
+    }
+    text = dataclasses.replace(startup, compile_s=25.0, compile_seconds=seconds).text()
+    assert "23 step programs in 25.0 s, each in seconds" in text
+    assert "    prefill, tokens x rows: 64x64: 1.2, 512x32: 20.0\n" in text
+    assert "    decoding, rows: 64: 0.5, 1000: 3.0, 1001: 3.0" in text
+    assert "1019: 3.0" in text
+    assert max(map(len, text.splitlines())) <= 100
