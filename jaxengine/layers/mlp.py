@@ -50,11 +50,19 @@ class GatedMLP(nnx.Module):
             input_major=input_major,
         )
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down_proj(self._gated(x))
+    def __call__(
+        self, x: Float[Array, "T D"], *, implementation: str | None = None
+    ) -> Float[Array, "T D"]:
+        """Serve some rows; ``implementation`` is that of ``gated_product``."""
+        return self.down_proj(self._gated(x, implementation))
 
-    def _gated(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+    def _gated(self, x: Float[Array, "T D"], implementation: str | None) -> Float[Array, "T F"]:
         projection = self.gate_up_proj
         if projection.input_major or projection.bias is not None:
             return gate(projection(x), self.hidden_act)
-        return gated_product(x, projection.weight[...], activation=self.hidden_act)
+        return gated_product(
+            x,
+            projection.weight[...],
+            activation=self.hidden_act,
+            implementation=implementation,
+        )

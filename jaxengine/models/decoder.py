@@ -92,7 +92,10 @@ class DecoderLayer(nnx.Module):
         if batch.last_tokens_only:
             x = x[batch.logits_indices]
         x = x + attended
-        x = x + self.mlp(self.post_attention_norm(x))
+        # A faster kernel would spare the one layer of its kind nothing, and the start would have to
+        # trace and compile it for every size.
+        implementation = "reference" if batch.last_tokens_only else None
+        x = x + self.mlp(self.post_attention_norm(x), implementation=implementation)
         return x, (new_caches[0], new_caches[1])
 
 

@@ -21,6 +21,7 @@ from jaxengine.models.decoder import DecoderLayer, ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import TENSOR_AXIS
 from jaxengine.weights import param_specs
+from pallas_kernels.gated_product_reference import gated_product_reference
 from tests.helpers import greedy, make_llm, random_prompts
 
 MIXED = StepShape(16, 4, decode_only=False)
@@ -222,6 +223,21 @@ def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
     text = lower_step_for_cuda(name, None, shape)
     assert "mosaic_gpu" in text or "__gpu$xla.gpu.triton" in text
     assert "stablehlo.while" not in text
+
+
+def test_the_last_layer_of_a_long_step_brings_no_kernel_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, str | None]] = []
+
+    def spy(x: jax.Array, *args: Any, implementation: str | None, **kwargs: Any) -> jax.Array:
+        found.append((x.shape[0], implementation))
+        return gated_product_reference(x, *args, **kwargs)
+
+    monkeypatch.setattr("jaxengine.layers.mlp.gated_product", spy)
+    not_traced_before = StepShape(96, 24, decode_only=False)
+    lower_step_for_cuda("llama-8b", "xla", not_traced_before)
+    assert found == [(96, None), (24, "reference")]
 
 
 def test_caches_tables_and_tokens_are_donated_on_the_gpu_too() -> None:
