@@ -30,11 +30,13 @@ LIBRARIES = ("jax", "flax", "numpy")  # what traces and lowers; XLA names itself
 # Importing it says where the library is that a compiled Mosaic kernel calls. Who traces such a
 # kernel has imported it; who only loads one has not, and fails: "Failed to lookup host symbol".
 MOSAIC_RUNTIME = "jax.experimental.mosaic.gpu"
+# Every change of the source names all programs anew: who works on it would fill the disk.
+MAX_BYTES = 4 << 30
 TRACING_FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
 
 
 class ProgramCache:
-    """A directory of compiled programs.
+    """A directory of compiled programs, of ``MAX_BYTES`` at most: what was used last stays.
 
     Loading one runs what the file says, as with any compilation cache: the directory must be as
     trusted as the program itself.
@@ -79,10 +81,28 @@ class ProgramCache:
         """
         if not self._has_failed:
             self._write(self.path(facts), program)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Delete what was not used for longest. Another process may be doing the same."""
+        files = []
+        with contextlib.suppress(OSError):
+            for path in self._directory.glob("*.step"):
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in files) - MAX_BYTES
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                return
+            excess -= size
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _read(self, path: Path) -> jax.stages.Compiled | None:
         try:
             executable, in_tree, out_tree = pickle.loads(path.read_bytes())
+            with contextlib.suppress(OSError):  # another's directory, perhaps
+                path.touch()
             return serialize_executable.deserialize_and_load(
                 executable,
                 in_tree,

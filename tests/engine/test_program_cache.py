@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxengine import LLM
 from jaxengine.batch import StepShape
+from jaxengine.engine import program_cache
 from jaxengine.engine.program_cache import ProgramCache, cache_directory
 from jaxengine.engine.sampler_programs import COMMON_VARIANTS, SamplerPrograms
 from jaxengine.engine.stage import CompiledStep, LoweredStep, Stage
@@ -24,6 +25,7 @@ from tests.helpers import greedy, make_llm
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21, 22]]
 DECODE = StepShape(4, 4, decode_only=True)
+MIXED = StepShape(16, 4, decode_only=False)
 
 
 def with_cache(
@@ -157,6 +159,29 @@ def test_a_start_keeps_every_step_once(
         assert jax.config.values[name] == 0
     finally:
         jax.config.update(name, before)
+
+
+def test_what_was_not_used_for_longest_gives_way(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[StepShape]
+) -> None:
+    (stage,) = with_cache(chat_model, tmp_path).engine.runner.stages
+    cache = stage.program_cache
+    sizes = [StepShape(rows, rows, decode_only=True) for rows in (1, 2, 4)]
+    paths = [cache.path(stage._facts(shape, False)) for shape in sizes]
+    for number, (shape, path) in enumerate(zip(sizes, paths, strict=True)):
+        stage.program(shape)
+        os.utime(path, (1000 + number, 1000 + number))
+    (again,) = with_cache(chat_model, tmp_path).engine.runner.stages
+    compiled.clear()
+    again.program(sizes[0])  # now it is the one that was used last
+    assert not compiled
+    monkeypatch.setattr(program_cache, "MAX_BYTES", sum(path.stat().st_size for path in paths))
+    again.program(MIXED)
+    left = set(tmp_path.glob("*.step"))
+    assert paths[0] in left
+    assert paths[1] not in left
+    assert cache.path(again._facts(MIXED, False)) in left
+    assert sum(path.stat().st_size for path in left) <= program_cache.MAX_BYTES
 
 
 def test_samplers_are_kept_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
