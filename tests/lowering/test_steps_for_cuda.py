@@ -1,0 +1,175 @@
+"""Whole steps lower for CUDA, with every backend of attention, in both versions of jax.
+
+It imports the engine and neither torch nor a checkpoint: jax 0.11, which Mosaic's newer kernels
+need, is tested where there is no torch.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxengine.batch import StepShape
+from jaxengine.config import ModelConfig
+from jaxengine.engine.kv_cache import KVCacheSpec
+from jaxengine.engine.step import StageParts, make_forward
+from jaxengine.models.decoder import ModelOptions
+from jaxengine.models.registry import ModelRegistry
+from jaxengine.sharding import TENSOR_AXIS, replicated
+from jaxengine.weights import param_specs
+from pallas_kernels import gated_product, paged_attention
+from pallas_kernels.gated_product_reference import gated_product_reference
+
+DECODE = StepShape(4, 4, decode_only=True)
+MIXED = StepShape(16, 4, decode_only=False)
+MOSAIC_KERNELS = ("gated_product_mosaic", "paged_decode_mosaic", "ragged_attention_mosaic")
+
+# The models of the benchmarks, few layers and a small vocabulary: what lowering depends on.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+SMOLLM = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+MODELS = {"llama-8b": LLAMA_8B, "qwen3-0.6b": QWEN3_06B, "smollm2": SMOLLM}
+H100 = jax.sharding.AbstractMesh(
+    (1,),
+    (TENSOR_AXIS,),
+    abstract_device=jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100", num_cores=132, platform="gpu"
+    ),
+)
+
+
+def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape) -> str:
+    sizes = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 8192}
+    config = ModelConfig.from_hf({**sizes, **MODELS[name]}, "bfloat16")
+    options = ModelOptions(
+        num_kv_heads=config.num_kv_heads, max_model_len=8192, attention_backend=backend
+    )
+    factory = ModelRegistry.resolve(config.architecture)
+    definition, specs = param_specs(lambda: factory(config, options))
+    parts = StageParts(definition, specs, H100, range(3))
+    forward = make_forward(shape, parts=parts, block_size=16)
+    cache_spec = KVCacheSpec(3, config.num_kv_heads, config.head_dim, 16, "bfloat16")
+
+    def ints(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(H100))
+
+    arguments = (
+        {path: spec.abstract(H100) for path, spec in specs.items()},
+        cache_spec.abstract(1000, H100),
+        ints(257, 512),
+        ints(256),
+        ints(shape.packed_size),
+    )
+    with jax.sharding.use_abstract_mesh(H100):
+        return forward.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", ["triton", "mosaic", "xla"])
+@pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [
+        (StepShape(64, 64, decode_only=True), [64]),
+        (StepShape(64, 64, decode_only=False), [64]),
+        (StepShape(512, 32, decode_only=False), [512, 32]),
+    ],
+    ids=["decode", "few tokens a row", "mixed"],
+)
+def test_the_step_lowers_for_cuda(
+    name: str, backend: str, shape: StepShape, kinds: list[int]
+) -> None:
+    try:
+        text = lower_step_for_cuda(name, backend, shape)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    kernel = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu", "xla": "stablehlo.while"}
+    assert kernel[backend] in text
+    # Layers of a kind call one function: the kernel is in the text, and compiled, once.
+    assert len(re.findall(r"func.func private @_run_layer\w*\(", text)) == len(kinds)
+    assert len(re.findall(r"call @_run_layer\w*\(", text)) == 3
+    hidden_size = MODELS[name]["hidden_size"]
+    for num_outputs in kinds:
+        layer = (
+            rf"func.func private @_run_layer\w*\(.*-> \(tensor<{num_outputs}x{hidden_size}xbf16>"
+        )
+        assert len(re.findall(layer, text)) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
+    name: str, shape: StepShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    text = lower_step_for_cuda(name, None, shape)
+    assert "mosaic_gpu" in text or "__gpu$xla.gpu.triton" in text
+    assert "stablehlo.while" not in text
+
+
+def test_the_last_layer_of_a_long_step_brings_no_kernel_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, str | None]] = []
+
+    def spy(x: jax.Array, *args: Any, implementation: str | None, **kwargs: Any) -> jax.Array:
+        found.append((x.shape[0], implementation))
+        return gated_product_reference(x, *args, **kwargs)
+
+    monkeypatch.setattr("jaxengine.layers.mlp.gated_product", spy)
+    not_traced_before = StepShape(96, 24, decode_only=False)
+    lower_step_for_cuda("llama-8b", "xla", not_traced_before)
+    assert found == [(96, None), (24, "reference")]
+
+
+def test_caches_tables_and_tokens_are_donated_on_the_gpu_too() -> None:
+    text = lower_step_for_cuda("llama-8b", "xla", DECODE)
+    signature = next(line for line in text.splitlines() if "func.func public @main" in line)
+    donated = [a for a in signature.split("%arg") if "aliasing_output" in a or "buffer_donor" in a]
+    assert sum("1000x8x16x128xbf16" in argument for argument in donated) == 6
+    assert len(donated) == 8
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="the newer Mosaic kernels need jax 0.11"
+)
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        (StepShape(256, 256, decode_only=True), {"gated_product_mosaic"}),
+        (StepShape(2048, 1024, decode_only=False), set()),
+        (StepShape(8192, 1024, decode_only=False), {"ragged_attention_mosaic"}),
+    ],
+    ids=["decode", "mixed", "long"],
+)
+def test_on_hopper_a_step_takes_the_mosaic_kernels_that_are_faster(
+    shape: StepShape, kernels: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (gated_product, paged_attention):
+        monkeypatch.setattr(module, "is_hopper", lambda: True)
+    text = lower_step_for_cuda("llama-8b", None, shape)
+    found = {name for name in MOSAIC_KERNELS if name in text}
+    assert found == kernels
+    assert "stablehlo.while" not in text
