@@ -1,4 +1,4 @@
-"""The compiled step: no copy of the cache, one transfer, and it lowers for the GPU."""
+"""The compiled step: no copy of the cache, one transfer, one trace for layers of a kind."""
 
 import functools
 import re
@@ -9,15 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.batch import StepShape
-from jaxengine.config import ModelConfig
-from jaxengine.models.decoder import DecoderLayer, ModelOptions
-from jaxengine.models.registry import ModelRegistry
-from jaxengine.sharding import TENSOR_AXIS
-from jaxengine.weights import param_specs
+from jaxengine.models.decoder import DecoderLayer
 from tests.helpers import greedy, make_llm, random_prompts
 
 MIXED = StepShape(16, 4, decode_only=False)
@@ -121,19 +116,3 @@ def test_layers_of_a_kind_are_traced_once(chat_model: Any, monkeypatch: pytest.M
     # In a mixed step the last of the three layers is of another kind: it serves last tokens only.
     llm.engine.runner.stages[0].program(MIXED)
     assert len(calls) == 3
-
-
-def test_the_specification_of_the_weights_names_only_the_tensor_axis() -> None:
-    config = ModelConfig.from_hf(
-        {
-            **LLAMA_8B,
-            "vocab_size": 512,
-            "num_hidden_layers": 1,
-            "max_position_embeddings": 64,
-        }
-    )
-    factory = ModelRegistry.resolve(config.architecture)
-    options = ModelOptions(num_kv_heads=8, max_model_len=64)
-    _, specs = param_specs(lambda: factory(config, options))
-    assert {axis for spec in specs.values() for axis in spec.spec} == {None, TENSOR_AXIS}
-    assert specs["norm.weight"].spec == P(None)

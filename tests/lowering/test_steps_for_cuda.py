@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
 from jaxengine.batch import StepShape
 from jaxengine.config import ModelConfig
@@ -173,3 +174,19 @@ def test_on_hopper_a_step_takes_the_mosaic_kernels_that_are_faster(
     found = {name for name in MOSAIC_KERNELS if name in text}
     assert found == kernels
     assert "stablehlo.while" not in text
+
+
+def test_the_specification_of_the_weights_names_only_the_tensor_axis() -> None:
+    config = ModelConfig.from_hf(
+        {
+            **LLAMA_8B,
+            "vocab_size": 512,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": 64,
+        }
+    )
+    factory = ModelRegistry.resolve(config.architecture)
+    options = ModelOptions(num_kv_heads=8, max_model_len=64)
+    _, specs = param_specs(lambda: factory(config, options))
+    assert {axis for spec in specs.values() for axis in spec.spec} == {None, TENSOR_AXIS}
+    assert specs["norm.weight"].spec == P(None)
