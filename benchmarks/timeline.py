@@ -3,8 +3,8 @@
     python -m benchmarks.timeline --model benchmarks/models/llama-3.1-8b --load-format dummy \
         --workload decode-heavy --max-output-tokens 40
 
-Traces one ``LLM.generate`` call with jax.profiler and reads the trace back. Prints a table and,
-last, one JSON line.
+Traces one ``LLM.generate`` call with jax.profiler and reads the trace back, the first GPU's part of
+it if there are several. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=["smoke"])
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--max-output-tokens", type=int, default=40)
     parser.add_argument("--max-requests", type=int, default=10**9)
     parser.add_argument("--top", type=int, default=25)
@@ -35,6 +37,8 @@ def main() -> None:
         args.model,
         load_format=args.load_format,
         dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -53,7 +57,7 @@ def main() -> None:
 
 
 def report(name: str, directory: Path, top: int) -> None:
-    """Print the busy and idle time of the GPU's streams and the kernels that took longest."""
+    """Print the busy and idle time of a GPU's streams and the kernels that took longest."""
     (file,) = directory.rglob("*.xplane.pb")
     events = list(_gpu_events(file))
     if not events:
@@ -78,9 +82,8 @@ def report(name: str, directory: Path, top: int) -> None:
 
 def _gpu_events(file: Path):
     data = jax.profiler.ProfileData.from_file(str(file))
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
+    planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
+    for plane in sorted(planes, key=lambda plane: plane.name)[:1]:
         for line in plane.lines:
             if not line.name.startswith("Stream"):
                 continue

@@ -1,0 +1,71 @@
+"""Tensor, pipeline and data parallelism on two real GPUs, against one of them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxengine import LLM
+from tests.helpers import greedy, make_llm, random_prompts, save_tiny_chat_model
+
+pytestmark = pytest.mark.gpu
+
+# Sizes that the compiled kernels serve: heads of 64 in bfloat16.
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 5,
+}
+PROMPTS = random_prompts(14, 15, 40)  # the last one comes in chunks of 16
+NUM_TOKENS = 24
+# What rounding in another order makes of a logprob in bfloat16; the logits here are near 10.
+TOLERANCE = 0.15
+LAYOUTS = {
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "dp2": {"data_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_chat_model(tmp_path_factory.mktemp("several_gpus"), **MODEL)
+
+
+def generate(llm: LLM) -> list[list[dict[int, float]]]:
+    """Generate twice, the second time with cached prefixes; the top logprobs of every token."""
+    found = []
+    for prompts in (PROMPTS, PROMPTS[2:]):
+        outputs = llm.generate(prompts, greedy(NUM_TOKENS, logprobs=3), use_tqdm=False)
+        for output in outputs:
+            tokens = output.outputs[0].logprobs or []
+            found.append([{t: each.logprob for t, each in token.items()} for token in tokens])
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[dict[int, float]]]:
+    return generate(make_llm(model, max_num_seqs=2, num_gpu_blocks_override=5))
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" or len(jax.devices()) < 2, reason="needs two GPUs"
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_give_the_tokens_of_one(model: Path, expected: Any, layout: str) -> None:
+    """Through chunked prefill, preemption and cached prefixes; until two tokens are a tie."""
+    # The first two need 3 blocks each to their end, there are 4.
+    llm = make_llm(model, max_num_seqs=2, num_gpu_blocks_override=5, **LAYOUTS[layout])
+    num_compared = 0
+    for ours, theirs in zip(generate(llm), expected, strict=True):
+        for found, wanted in zip(ours, theirs, strict=True):
+            best, other = max(wanted, key=wanted.__getitem__), max(found, key=found.__getitem__)
+            assert found[best] == pytest.approx(wanted[best], abs=TOLERANCE)
+            num_compared += 1
+            if best != other:
+                assert wanted[other] == pytest.approx(wanted[best], abs=TOLERANCE)
+                break  # from here on the sequences differ
+    assert num_compared > 2 * NUM_TOKENS
