@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.peers import Peers
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class InputBatch:
         decode_only: Static. Every row has one token: row r's is token r, and T == B.
         last_tokens_only: Static. Of the output only each row's last token is read: what comes
             after the cache has been written can be left out for the others.
+        peers: How sums over the shards go; None for XLA's way.
     """
 
     token_ids: Int[Array, " T"]
@@ -32,6 +35,13 @@ class InputBatch:
     logits_indices: Int[Array, " B"]  # each row's last token
     decode_only: bool = dataclasses.field(metadata={"static": True})
     last_tokens_only: bool = dataclasses.field(default=False, metadata={"static": True})
+    peers: Peers | None = None
+
+    def after_sums(self, num_sums: int) -> "InputBatch":
+        """Return the batch as it is behind so many sums over the shards."""
+        if self.peers is None:
+            return self
+        return dataclasses.replace(self, peers=self.peers.after(num_sums))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,7 @@ class StepShape:
             "table_blocks": self.num_table_updates,
             "num_decode_rows": 1,
             "is_greedy": 1,
+            "step_number": 1,
         }
 
     @property
@@ -101,6 +112,7 @@ def build_input_batch(
     block_size: int,
     *,
     last_tokens_only: bool = False,
+    peers: Peers | None = None,
 ) -> InputBatch:
     """Derive everything that the model needs from the packed parts.
 
@@ -112,6 +124,7 @@ def build_input_batch(
         last_tokens: Newest sampled token of every slot.
         block_size: Tokens a KV block holds.
         last_tokens_only: Whether only the rows' last tokens are read of the output.
+        peers: With the number of the step's first sum over the shards.
     """
     slots, seq_lens, query_lens = parts["slots"], parts["seq_lens"], parts["query_lens"]
     block_tables = tables[slots]
@@ -145,4 +158,5 @@ def build_input_batch(
         logits_indices=jnp.maximum(ends - 1, 0),
         decode_only=shape.decode_only,
         last_tokens_only=last_tokens_only,
+        peers=peers,
     )

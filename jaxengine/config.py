@@ -182,6 +182,7 @@ class EngineConfig:
         tensor_parallel_size: Devices that share each layer.
         pipeline_parallel_size: Groups of devices, each of which has some of the layers.
         data_parallel_size: Replicas of the model, each on its own devices, that share the requests.
+        disable_custom_all_reduce: Add up over the devices of a layer with XLA's collectives alone.
         nnodes: Hosts whose devices one engine uses, each with a process of its own.
         node_rank: Number of this process, 0 for the one that holds the LLM.
         master_addr: Address of process 0, reachable from the others.
@@ -219,6 +220,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    disable_custom_all_reduce: bool = False
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"

@@ -52,11 +52,6 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def sum_over_shards(x: jax.Array) -> jax.Array:
-    """Add the partial results of a layer whose input dimension is sharded."""
-    return jax.lax.psum(x, TENSOR_AXIS)
-
-
 def check_tensor_parallel_size(
     size: int, *, num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int
 ) -> None:

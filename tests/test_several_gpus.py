@@ -21,8 +21,9 @@ MODEL = {
 }
 PROMPTS = random_prompts(14, 15, 40)  # the last one comes in chunks of 16
 NUM_TOKENS = 24
-# What rounding in another order makes of a logprob in bfloat16; the logits here are near 10.
-TOLERANCE = 0.15
+# What rounding in another order makes of logprobs in bfloat16, where the logits are near 10: on
+# average and at most. Another token's logprob is several times that away.
+MEAN_ERROR, MOST_ERROR = 0.1, 0.6
 LAYOUTS = {
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
@@ -59,13 +60,14 @@ def test_two_gpus_give_the_tokens_of_one(model: Path, expected: Any, layout: str
     """Through chunked prefill, preemption and cached prefixes; until two tokens are a tie."""
     # The first two need 3 blocks each to their end, there are 4.
     llm = make_llm(model, max_num_seqs=2, num_gpu_blocks_override=5, **LAYOUTS[layout])
-    num_compared = 0
+    errors = []
     for ours, theirs in zip(generate(llm), expected, strict=True):
         for found, wanted in zip(ours, theirs, strict=True):
             best, other = max(wanted, key=wanted.__getitem__), max(found, key=found.__getitem__)
-            assert found[best] == pytest.approx(wanted[best], abs=TOLERANCE)
-            num_compared += 1
+            errors.append(abs(found[best] - wanted[best]))
             if best != other:
-                assert wanted[other] == pytest.approx(wanted[best], abs=TOLERANCE)
-                break  # from here on the sequences differ
-    assert num_compared > 2 * NUM_TOKENS
+                errors.append(wanted[best] - wanted[other])
+                break  # a tie: from here on the sequences differ
+    assert len(errors) > 2 * NUM_TOKENS
+    assert max(errors) < MOST_ERROR
+    assert sum(errors) / len(errors) < MEAN_ERROR

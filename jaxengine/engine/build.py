@@ -17,6 +17,7 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.output_buffers import OutputBuffers
+from jaxengine.engine.peer_memory import PeerMemory, reach_each_other
 from jaxengine.engine.program_cache import ProgramCache, cache_directory
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.stage import Stage
@@ -25,6 +26,7 @@ from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
+from pallas_kernels.peers import inbox_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +324,7 @@ def _build_stage(
         max_blocks_per_seq=-(-limits.max_model_len // config.block_size),
         program_cache=_program_cache(parts, (model, options, definition, specs)),
         output_buffers=_output_buffers(parts, model, max_in_flight),
+        peer_memory=_peer_memory(config, parts, model, limits),
     )
 
 
@@ -350,6 +353,16 @@ def _output_buffers(
     return OutputBuffers(
         parts.mesh, vocab_size=model.vocab_size, dtype=model.dtype, max_in_flight=max_in_flight
     )
+
+
+def _peer_memory(
+    config: EngineConfig, parts: StageParts, model: ModelConfig, limits: Limits
+) -> PeerMemory | None:
+    devices = list(parts.mesh.devices.flat)
+    if config.disable_custom_all_reduce or len(devices) == 1 or not reach_each_other(devices):
+        return None
+    max_elements = limits.max_num_batched_tokens * model.hidden_size
+    return PeerMemory(parts.mesh, inbox_layout(len(devices), max_elements))
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,8 @@ from jaxengine.engine.stage_link import StageLink
 from jaxengine.engine.step import make_prompt_scorer, store_tokens
 from jaxengine.engine.step_inputs import StepInputs
 from jaxengine.weights import Params
+
+INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,7 @@ class ModelRunner:
         self._unstored: collections.deque = collections.deque(maxlen=max_in_flight)
         # The same on the scheduling side: the slots of each.
         self._unstored_slots: collections.deque = collections.deque(maxlen=max_in_flight)
+        self._step_numbers = itertools.count(1)  # never those of another scheduler's steps
 
     @property
     def compile_seconds(self) -> dict[StepShape, float]:
@@ -167,9 +171,13 @@ class ModelRunner:
     def state_bytes(self, stage: Stage) -> int:
         """Block tables, and after the last stage logits that live between steps, on a device."""
         if not stage.parts.is_last:
-            return stage.table_bytes
+            return stage.peer_bytes + stage.table_bytes
         itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
-        num_bytes = stage.table_bytes + 2 * self._max_num_seqs * self._vocab_size * itemsize
+        num_bytes = (
+            stage.peer_bytes
+            + stage.table_bytes
+            + 2 * self._max_num_seqs * self._vocab_size * itemsize
+        )
         if stage.output_buffers is not None:
             num_bytes += stage.output_buffers.num_bytes(self._buckets.row_counts)
         return num_bytes
@@ -277,6 +285,7 @@ class ModelRunner:
         variant, _, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
         packed, overflow = self._builder.build(step, shape, is_greedy=variant == GREEDY)
         parts = packed_views(shape, packed)
+        parts["step_number"][0] = next(self._step_numbers) & INT32_MAX
         targets = np.where(parts["samples_token"] > 0, parts["slots"], self._max_num_seqs)
         targets = targets.astype(np.int32)
         scores_prompts = any(map(is_scored, step.rows))

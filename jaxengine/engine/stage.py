@@ -17,10 +17,12 @@ from jaxengine.engine.batch_builder import TableUpdates
 from jaxengine.engine.compiler_options import CompilerOptions, compiler_options
 from jaxengine.engine.kv_cache import KVCacheSpec
 from jaxengine.engine.output_buffers import OutputBuffers
+from jaxengine.engine.peer_memory import PeerMemory
 from jaxengine.engine.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.step import StageParts, apply_table_updates, make_forward
 from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
+from pallas_kernels.peers import InboxLayout
 
 TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
 
@@ -58,6 +60,7 @@ class Stage:
         program_cache: Keeps the compiled steps between runs; None for jax's own cache alone.
         output_buffers: Memory that steps of few rows write token ids and logits to; None gives
             each step new arrays. Only the last stage has any.
+        peer_memory: Where its devices write to each other; None lets XLA add up.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Stage:
         max_blocks_per_seq: int,
         program_cache: ProgramCache | None = None,
         output_buffers: OutputBuffers | None = None,
+        peer_memory: PeerMemory | None = None,
     ) -> None:
         self.parts = parts
         self.cache_spec = cache_spec
@@ -81,6 +85,7 @@ class Stage:
         self.num_blocks = 0
         self.program_cache = program_cache
         self.output_buffers = output_buffers
+        self._peer_memory = peer_memory
         self._programs: dict[tuple[StepShape, bool], jax.stages.Compiled] = {}
 
     @property
@@ -100,6 +105,11 @@ class Stage:
         """Bytes of the block tables on one device; a step that updates them holds them twice."""
         return 2 * 4 * self._table_shape[0] * self._table_shape[1]
 
+    @property
+    def peer_bytes(self) -> int:
+        """Bytes on one device that the others write to."""
+        return 0 if self._peer_memory is None else self._peer_memory.layout.num_bytes
+
     def set_num_blocks(self, num_blocks: int) -> None:
         """Decide the size of the cache, which is part of every program."""
         if num_blocks != self.num_blocks:
@@ -109,6 +119,8 @@ class Stage:
     def start(self, params: Params) -> None:
         """Take the weights and allocate the KV cache and the device-side state."""
         self.params = params
+        if self._peer_memory is not None:
+            self._peer_memory.allocate()
         self.allocate_state()
 
     def allocate_state(self) -> None:
@@ -157,6 +169,8 @@ class Stage:
         """
         forward = self.program(shape, returns_hidden)
         others: tuple[jax.Array, ...] = () if hidden is None else (hidden,)
+        if self._peer_memory is not None:
+            others += (self._peer_memory.addresses,)
         buffers = self._buffers_of(shape)
         if buffers is not None:
             others += buffers.take(shape.num_rows)
@@ -222,7 +236,12 @@ class Stage:
         """What a step's program depends on, beside what is the same for all steps."""
         state = (self.cache_spec, self.num_blocks, self._table_shape, self._max_num_seqs)
         overwrites_outputs = self._buffers_of(shape) is not None
-        return (*state, shape, returns_hidden, overwrites_outputs, self._options(shape))
+        how = (returns_hidden, overwrites_outputs, self._inbox_layout, self._options(shape))
+        return (*state, shape, *how)
+
+    @property
+    def _inbox_layout(self) -> InboxLayout | None:
+        return None if self._peer_memory is None else self._peer_memory.layout
 
     def lower(self, shape: StepShape, returns_hidden: bool = False) -> LoweredStep:
         """Trace a step. This holds the interpreter: threads doing it at once gain nothing."""
@@ -236,6 +255,7 @@ class Stage:
             block_size=self.cache_spec.block_size,
             returns_hidden=returns_hidden,
             overwrites_outputs=buffers is not None,
+            inbox_layout=self._inbox_layout,
         )
 
         def zeros(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
@@ -249,6 +269,7 @@ class Stage:
             zeros(jnp.int32, self._max_num_seqs),
             zeros(jnp.int32, shape.packed_size),
             *([] if parts.is_first else [hidden]),
+            *([] if self._peer_memory is None else [self._peer_memory.abstract()]),
             *([] if buffers is None else buffers.abstract(shape.num_rows)),
         )
         return LoweredStep(shape, returns_hidden, lowered, time.perf_counter() - started)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -20,7 +21,9 @@ from jaxengine.engine.kv_cache import CACHE_SPEC
 from jaxengine.engine.logprobs import TokenLogprobs, prompt_logprobs
 from jaxengine.engine.sampler import argmax
 from jaxengine.models.decoder import LayerCaches
+from jaxengine.sharding import TENSOR_AXIS
 from jaxengine.weights import ParamSpec, merge_params
+from pallas_kernels.peers import InboxLayout, Peers
 
 # Below, a last layer for the rows' last tokens alone would cost another set of products and kernels
 # at compilation, and spare little: a step of so few tokens waits for the weights.
@@ -79,6 +82,7 @@ def make_forward(
     block_size: int,
     returns_hidden: bool = False,
     overwrites_outputs: bool = False,
+    inbox_layout: InboxLayout | None = None,
 ) -> Any:
     """Return the jitted forward step of one shape through one stage.
 
@@ -89,8 +93,9 @@ def make_forward(
     alone, where they are few. The token ids are the greedy ones, and ``last_tokens`` takes them
     over if the step is greedy: one program a step in the most common case.
 
-    With ``overwrites_outputs`` the last stage takes two more arrays at the end, whose memory (not
-    their values) it uses for token ids and logits.
+    With ``inbox_layout`` it also takes the addresses of such inboxes on all shards, and adds up
+    over the shards by writing there. With ``overwrites_outputs`` the last stage takes two more
+    arrays at the end, whose memory (not their values) it uses for token ids and logits.
     """
     last_tokens_only = (
         parts.is_last
@@ -104,17 +109,28 @@ def make_forward(
         tables: Int[Array, "S W"],
         last_tokens: Int[Array, " S"],
         packed: Int[Array, " P"],
-        *others: Array,  # hidden [T, D] of the stage before; outputs to overwrite, not read
+        *others: Array,  # hidden [T, D] of the stage before; addresses; outputs to overwrite
     ) -> tuple:
-        incoming = () if parts.is_first else others[:1]
+        incoming = others[: not parts.is_first]
         inputs = split_packed(shape, packed)
         tables = update_tables(
             tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
         )
-        batch = build_input_batch(
-            shape, inputs, tables, last_tokens, block_size, last_tokens_only=last_tokens_only
-        )
         model = merge_params(parts.definition, params)
+        peers = None
+        if inbox_layout is not None:
+            rank = jax.lax.axis_index(TENSOR_AXIS)
+            origin = jnp.stack([rank, inputs["step_number"][0] * model.num_sums])
+            peers = Peers(others[len(incoming)], origin, np.int32(0), inbox_layout)
+        batch = build_input_batch(
+            shape,
+            inputs,
+            tables,
+            last_tokens,
+            block_size,
+            last_tokens_only=last_tokens_only,
+            peers=peers,
+        )
         hidden, caches = model(batch, caches, *incoming)
         if not parts.is_last:
             return caches, tables, last_tokens, hidden
@@ -133,8 +149,8 @@ def make_forward(
     param_specs = {path: spec.spec for path, spec in parts.specs.items()}
     cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(parts.layers)
     num_outputs = 2 + returns_hidden if parts.is_last else 1
-    first_overwritten = 5 + (not parts.is_first)
-    num_others = (not parts.is_first) + 2 * overwrites_outputs
+    first_overwritten = 5 + (not parts.is_first) + (inbox_layout is not None)
+    num_others = first_overwritten - 5 + 2 * overwrites_outputs
     sharded = jax.shard_map(
         forward,
         mesh=parts.mesh,

@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             decode_only=batch.decode_only or batch.last_tokens_only,
             implementation=self.spec.implementation,
         )
-        return self.o_proj(attended), k_cache, v_cache
+        return self.o_proj(attended, batch.peers), k_cache, v_cache
 
     def _head_norm(self) -> HeadNorm | None:
         if self.q_norm is None or self.k_norm is None:

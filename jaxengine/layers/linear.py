@@ -12,7 +12,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxengine.sharding import TENSOR_AXIS, sum_over_shards
+from jaxengine.sharding import TENSOR_AXIS
+from pallas_kernels.all_reduce import all_reduce
+from pallas_kernels.peers import Peers
 
 
 def parameter(
@@ -67,7 +69,10 @@ class Linear(nnx.Module):
             self.weight = parameter((*out_shape, *in_shape), dtype, spec)
         self.bias = parameter(out_shape, dtype, P(*out_spec)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+    def __call__(
+        self, x: Float[Array, "T *in"], peers: Peers | None = None
+    ) -> Float[Array, "T *out"]:
+        """Multiply rows; ``peers`` is how a row-parallel layer adds up, None for XLA's way."""
         weight, rows = self.weight[...], x.reshape(x.shape[0], -1)
         if self.input_major:
             out_shape = weight.shape[-self.num_out_axes :]
@@ -76,7 +81,7 @@ class Linear(nnx.Module):
             out_shape = weight.shape[: self.num_out_axes]
             y = project(rows, weight.reshape(math.prod(out_shape), -1))
         if self.is_row_parallel:
-            y = sum_over_shards(y)
+            y = all_reduce(y, peers, axis_name=TENSOR_AXIS)
         y = y.reshape(x.shape[0], *out_shape)
         return y if self.bias is None else y + self.bias[...]
 
@@ -103,14 +108,18 @@ class Embedding(nnx.Module):
             shape, spec = (vocab_size, hidden_size), P(TENSOR_AXIS, None)
         self.weight = parameter(shape, dtype, spec, num_in_axes=int(input_major))
 
-    def __call__(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+    def __call__(
+        self, token_ids: Int[Array, " T"], peers: Peers | None = None
+    ) -> Float[Array, "T D"]:
+        """Look up rows; ``peers`` is how the shards' are put together, None for XLA's way."""
         weight = self.weight[...]
         num_rows = weight.shape[1 if self.input_major else 0]
         local = token_ids - jax.lax.axis_index(TENSOR_AXIS) * num_rows
         is_here = (local >= 0) & (local < num_rows)
         row = jnp.where(is_here, local, 0)
         rows = weight[:, row].T if self.input_major else weight[row]
-        return sum_over_shards(jnp.where(is_here[:, None], rows, 0))
+        found = jnp.where(is_here[:, None], rows, 0)
+        return all_reduce(found, peers, axis_name=TENSOR_AXIS)
 
     def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Scores over the whole vocabulary, gathered from the shards."""

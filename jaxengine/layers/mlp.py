@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxengine.layers.linear import Linear
 from jaxengine.sharding import TENSOR_AXIS
 from pallas_kernels.gated_product import ACTIVATIONS, gate, gated_product
+from pallas_kernels.peers import Peers
 
 
 class GatedMLP(nnx.Module):
@@ -51,10 +52,20 @@ class GatedMLP(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T D"], *, implementation: str | None = None
+        self,
+        x: Float[Array, "T D"],
+        peers: Peers | None = None,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "T D"]:
-        """Serve some rows; ``implementation`` is that of ``gated_product``."""
-        return self.down_proj(self._gated(x, implementation))
+        """Serve some rows.
+
+        Args:
+            x: Rows.
+            peers: How the shards add up; None for XLA's way.
+            implementation: Of ``gated_product``.
+        """
+        return self.down_proj(self._gated(x, implementation), peers)
 
     def _gated(self, x: Float[Array, "T D"], implementation: str | None) -> Float[Array, "T F"]:
         projection = self.gate_up_proj

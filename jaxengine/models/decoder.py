@@ -17,6 +17,7 @@ from jaxengine.layers.mlp import GatedMLP
 from jaxengine.layers.norm import RMSNorm
 from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
 
+SUMS_OF_LAYER = 2  # over the shards: behind attention and behind the feed-forward layer
 LayerCaches = list[tuple[Array, Array]]  # a (k_cache, v_cache) pair for each layer of the stage
 
 
@@ -95,7 +96,8 @@ class DecoderLayer(nnx.Module):
         # A faster kernel would spare the one layer of its kind nothing, and the start would have to
         # trace and compile it for every size.
         implementation = "reference" if batch.last_tokens_only else None
-        x = x + self.mlp(self.post_attention_norm(x), implementation=implementation)
+        peers = batch.after_sums(1).peers  # attention's was the first
+        x = x + self.mlp(self.post_attention_norm(x), peers, implementation=implementation)
         return x, (new_caches[0], new_caches[1])
 
 
@@ -139,6 +141,11 @@ class Decoder(nnx.Module):
         )
         self.lm_head = new_embedding() if is_last and not tied else None
 
+    @property
+    def num_sums(self) -> int:
+        """Sums over the shards that a call makes, all of them with ``batch.peers``."""
+        return (self.layer_numbers.start == 0) + SUMS_OF_LAYER * len(self.layer_numbers)
+
     def __call__(
         self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
     ) -> tuple[Float[Array, "outputs D"], LayerCaches]:
@@ -156,17 +163,19 @@ class Decoder(nnx.Module):
         x = hidden
         if x is None:
             assert self.embed_tokens is not None, "only the first stage starts from tokens"
-            x = self.embed_tokens(batch.token_ids)
+            x = self.embed_tokens(batch.token_ids, batch.peers)
+            batch = batch.after_sums(1)
         config = self.config
         frequencies, factor = rope_frequencies(
             config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len
         )
         cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
-        new_caches = []
+        new_caches: LayerCaches = []
         all_tokens = dataclasses.replace(batch, last_tokens_only=False)
         for number, cache in zip(self.layer_numbers, caches, strict=True):
             layer = self.layers[str(number)]  # the dict's own order is alphabetic: 0, 1, 10, 2
             wanted = batch if number == config.num_layers - 1 else all_tokens
+            wanted = wanted.after_sums(SUMS_OF_LAYER * len(new_caches))
             x, cache = _run_layer(*nnx.split(layer), x, wanted, cos_sin, cache)
             new_caches.append(cache)
         return x, new_caches

@@ -1,0 +1,225 @@
+"""The sum over GPUs that write to each other: its memory, its protocol, and on two GPUs itself."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.all_reduce import all_reduce
+from pallas_kernels.all_reduce_triton import all_reduce_triton
+from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
+
+AXIS = "tp"
+SMALL = InboxLayout(num_gpus=2, small_elements=1 << 16, large_elements=0)
+BOTH = InboxLayout(num_gpus=2, small_elements=1 << 12, large_elements=1 << 25)
+
+
+def peers_of(layout: InboxLayout) -> Peers:
+    zeros = jnp.zeros((layout.num_gpus, 2), jnp.int32)
+    return Peers(zeros, jnp.zeros(2, jnp.int32), np.int32(0), layout)
+
+
+@pytest.mark.parametrize("layout", [SMALL, BOTH, inbox_layout(8, 1 << 20), inbox_layout(2, 1 << 9)])
+def test_packets_rings_and_flags_do_not_overlap(layout: InboxLayout) -> None:
+    assert layout.packet_bytes * 2 * layout.num_gpus <= layout.rings
+    assert layout.rings + 2 * layout.ring_bytes == layout.flags
+    num_flags = layout.num_programs * layout.flags_per_program
+    assert layout.flags + 2 * 4 * num_flags == layout.num_bytes
+    assert layout.num_bytes < 2**31  # offsets are int32
+    assert layout.packet_bytes >= 4 * layout.small_elements  # half of a packet is its flag
+
+
+def test_sums_in_a_row_have_numbers_in_a_row() -> None:
+    later = peers_of(SMALL).after(1).after(2)
+    assert later.calls_before == 3
+    assert isinstance(later.calls_before, np.int32)  # a constant of the program
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "reason"),
+    [
+        ((8, 64), "float32", SMALL, "not of 16 bits"),
+        ((3, 30), "bfloat16", SMALL, r"D is 30, not n \* 4"),
+        ((2048, 64), "bfloat16", SMALL, "131072 numbers"),
+        ((256, 20), "bfloat16", BOTH, r"D is 20, not n \* 8"),
+        ((1 << 20, 64), "bfloat16", BOTH, "67108864 numbers"),
+        ((512, 1024), "bfloat16", InboxLayout(4, 1 << 12, 0), "524288 numbers"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(
+    shape: tuple[int, int], dtype: str, layout: InboxLayout, reason: str
+) -> None:
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(lambda x: all_reduce_triton(x, peers_of(layout)), x)
+
+
+def test_an_unknown_implementation_and_missing_peers_are_named() -> None:
+    x = jnp.zeros((2, 4))
+    with pytest.raises(ValueError, match="'nccl' is not one of reference, triton"):
+        all_reduce(x, None, axis_name=AXIS, implementation="nccl")
+    with pytest.raises(ValueError, match="pass peers"):
+        all_reduce(x, None, axis_name=AXIS, implementation="triton")
+
+
+def lower_for_cuda(num_gpus: int, shape: tuple[int, int], layout: InboxLayout) -> str:
+    mesh = jax.sharding.AbstractMesh(
+        (num_gpus,),
+        (AXIS,),
+        abstract_device=jax.sharding.AbstractDevice(
+            device_kind="NVIDIA H100", num_cores=132, platform="gpu"
+        ),
+    )
+
+    def add(x: jax.Array, addresses: jax.Array, origin: jax.Array) -> jax.Array:
+        return all_reduce(x, Peers(addresses, origin, np.int32(0), layout), axis_name=AXIS)
+
+    specs = (P(AXIS), P(), P())
+    shapes = ((num_gpus * shape[0], shape[1]), (num_gpus, 2), (2,))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, spec, dtype in zip(
+            shapes, specs, (jnp.bfloat16, jnp.int32, jnp.int32), strict=True
+        )
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharded = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
+        return jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "shape", "kernel"),
+    [
+        (2, (8, 4096), "all_reduce_small"),
+        (2, (3, 576), "all_reduce_small"),
+        (2, (128, 4096), "all_reduce_small"),
+        (2, (129, 4096), "all_reduce_large"),
+        (2, (16384, 4096), "all_reduce_large"),
+        (4, (64, 4096), "all_reduce_small"),
+        (4, (65, 4096), None),
+        (8, (32, 4096), "all_reduce_small"),
+        (8, (16384, 8192), None),
+    ],
+)
+def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
+    num_gpus: int, shape: tuple[int, int], kernel: str | None
+) -> None:
+    text = lower_for_cuda(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]))
+    names = {name for name in ("all_reduce_small", "all_reduce_large") if name in text}
+    assert names == ({kernel} if kernel else set())
+    assert ("stablehlo.all_reduce" in text) == (kernel is None)
+
+
+@dataclasses.dataclass
+class RingProgram:
+    """One program of a large sum: what it does to its peer's ring, step by step, call by call.
+
+    The reference of the schedule in ``_large_kernel``. A ring's place holds (call, tile) or None.
+    """
+
+    own: list[list[tuple[int, int] | None]]  # by parity: where the peer writes
+    peer: list[list[tuple[int, int] | None]]
+    is_taken: Callable[[tuple[int, int]], bool]  # whether the peer has taken in a tile of ours
+
+    def run(self, num_tiles: int, num_calls: int) -> Iterator[None]:
+        self.taken: set[tuple[int, int]] = set()
+        for call in range(num_calls):
+            for number in range(num_tiles + DEPTH):
+                if number >= DEPTH:
+                    wanted = (call, number - DEPTH)
+                    place = wanted[1] % RING
+                    while self.own[call % 2][place] != wanted:
+                        yield
+                    self.taken.add(wanted)
+                if number < num_tiles:
+                    place = number % RING
+                    before = self.peer[call % 2][place]
+                    assert before is None or self.is_taken(before), "overwritten before it was read"
+                    self.peer[call % 2][place] = (call, number)
+                yield
+
+
+@pytest.mark.parametrize("num_tiles", [1, DEPTH, RING, RING + 1, 31])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_tile_is_overwritten_before_it_is_read_and_nobody_waits_for_ever(
+    num_tiles: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    inboxes: list[Any] = [[[None] * RING for _ in range(2)] for _ in range(2)]
+    programs: list[RingProgram] = []
+    for gpu in range(2):
+
+        def is_taken(tile: tuple[int, int], other: int = 1 - gpu) -> bool:
+            return tile in programs[other].taken
+
+        programs.append(RingProgram(inboxes[gpu], inboxes[1 - gpu], is_taken))
+    running = {gpu: program.run(num_tiles, num_calls=5) for gpu, program in enumerate(programs)}
+    likely = rng.random()  # one GPU may be much faster than the other
+    for _ in range(100_000):
+        gpu = int(rng.random() < likely)
+        if gpu in running and next(running[gpu], "done") == "done":
+            del running[gpu]
+        if not running:
+            break
+    assert not running
+    assert all(len(program.taken) == 5 * num_tiles for program in programs)
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Mesh:
+    if jax.default_backend() != "gpu" or len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    return Mesh(np.array(jax.devices()[:2]), (AXIS,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 64), (3, 576), (8, 4096), (128, 4096), (129, 4096), (1000, 1024), (4097, 2048)],
+    ids=str,
+)
+def test_two_gpus_have_the_sum_of_both_time_after_time(
+    gpus: Mesh, shape: tuple[int, int], dtype: str
+) -> None:
+    from jaxengine.engine.peer_memory import PeerMemory
+
+    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[1]))
+    memory.allocate()
+    num_sums = 5
+
+    def add(x: jax.Array, addresses: jax.Array, first: jax.Array) -> jax.Array:
+        origin = jnp.stack([jax.lax.axis_index(AXIS), first])
+        peers = Peers(addresses, origin, np.int32(0), memory.layout)
+        sums = []
+        for number in range(num_sums):
+            sums.append(all_reduce(x * (number + 1), peers.after(number), axis_name=AXIS))
+        return jnp.stack(sums)
+
+    sharded = jax.jit(
+        jax.shard_map(
+            add,
+            mesh=gpus,
+            in_specs=(P(AXIS), P(), P()),
+            out_specs=P(None, AXIS),
+            check_vma=False,
+        )
+    )
+    rng = np.random.default_rng(0)
+    for step in range(10):
+        parts = jnp.asarray(rng.standard_normal((2, *shape)), dtype)
+        x = jax.device_put(parts.reshape(-1, shape[1]), NamedSharding(gpus, P(AXIS)))
+        found = np.asarray(sharded(x, memory.addresses, np.int32(1 + step * num_sums)))
+        for number in range(num_sums):
+            first, second = np.asarray(parts * (number + 1)).astype(np.float32)
+            expected = (first + second).astype(found.dtype)
+            for gpu in range(2):
+                rows = slice(gpu * shape[0], (gpu + 1) * shape[0])
+                np.testing.assert_array_equal(found[number, rows], expected)
