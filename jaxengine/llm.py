@@ -123,7 +123,7 @@ class LLM:
         priorities = [0] * len(inputs) if priority is None else list(priority)
         if len(priorities) != len(inputs):
             raise ValueError(f"{len(priorities)} priorities were given for {len(inputs)} prompts")
-        final = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
+        final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
         request_ids = self._add_all(inputs, final, priorities)
         return self._run_to_end(request_ids, use_tqdm)
 

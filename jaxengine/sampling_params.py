@@ -156,6 +156,12 @@ class SamplingParams:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return type(self)(**{**values, **changes})
 
+    def with_output_kind(self, output_kind: RequestOutputKind) -> "SamplingParams":
+        """Return a copy that differs in what the caller gets, which needs no further check."""
+        changed = copy(self)
+        changed.output_kind = output_kind
+        return changed
+
     def __repr__(self) -> str:
         """Show only what differs from the defaults."""
         shown = (f for f in fields(self) if f.repr and getattr(self, f.name) not in (f.default, []))
