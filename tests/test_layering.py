@@ -68,7 +68,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         f"jaxengine/engine/{name}.py": (*DEVICE, *MODELS, *DEVICE_ENGINE)
         for name in (
             *("request", "request_limits", "request_queue", "block_*"),
-            *("replica_router", "scheduler*", "step_builder"),
+            *("replica_router", "scheduler*", "step_budget", "step_builder"),
         )
     },
 }

@@ -8,6 +8,8 @@ import bisect
 
 from jaxengine.batch import StepShape
 
+FITTED_TOKENS = 1024  # a GPU's steps from here on take a time that grows with their tokens
+LARGEST_MIXED_ROWS = 256  # the largest step is the most frequent one, so it has rows to choose from
 SMALL_MIXED_ROWS = 32  # most prefill steps carry few rows; padding them to all rows costs logits
 LARGE_MIXED_TOKENS = 4096  # from here on the logits of all rows cost less than another program
 
@@ -47,9 +49,15 @@ class Buckets:
 
     def _row_choices(self, tokens: int) -> list[int]:
         most = min(tokens, self.max_num_seqs)
-        if most <= 4 * SMALL_MIXED_ROWS or tokens >= LARGE_MIXED_TOKENS:
-            return [most]
-        return [SMALL_MIXED_ROWS, most]
+        if tokens >= LARGE_MIXED_TOKENS:
+            is_chosen = tokens == self.mixed_tokens[-1] and most >= 2 * LARGEST_MIXED_ROWS
+            return [LARGEST_MIXED_ROWS, most] if is_chosen else [most]
+        return [most] if most <= 4 * SMALL_MIXED_ROWS else [SMALL_MIXED_ROWS, most]
+
+    @property
+    def fitted_tokens(self) -> list[int]:
+        """Sizes of prefilling steps that it pays to fill."""
+        return [tokens for tokens in self.mixed_tokens if tokens >= FITTED_TOKENS]
 
     @property
     def row_counts(self) -> list[int]:

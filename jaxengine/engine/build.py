@@ -157,6 +157,7 @@ def build_engine(
         max_in_flight=runner.max_in_flight,
         num_stages=len(runner.stages),
         sliding_window=startup.model.uniform_sliding_window,
+        step_sizes=runner.fitted_step_tokens,
     )
     engine = Engine(
         scheduler,

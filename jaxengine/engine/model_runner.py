@@ -164,20 +164,23 @@ class ModelRunner:
         return dict(seconds)
 
     @property
+    def fitted_step_tokens(self) -> list[int]:
+        """Padded sizes of prefilling steps that it pays to fill."""
+        return self._buckets.fitted_tokens
+
+    @property
     def largest_shape(self) -> StepShape:
         """The step that needs most memory."""
         return self._buckets.all_shapes()[0]
 
     def state_bytes(self, stage: Stage) -> int:
-        """Block tables, and after the last stage logits that live between steps, on a device."""
+        """Block tables, inboxes, and after the last stage logits that live between steps."""
+        num_bytes = stage.peer_bytes + stage.table_bytes
         if not stage.parts.is_last:
-            return stage.peer_bytes + stage.table_bytes
+            return num_bytes
         itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
-        num_bytes = (
-            stage.peer_bytes
-            + stage.table_bytes
-            + 2 * self._max_num_seqs * self._vocab_size * itemsize
-        )
+        width = self._vocab_size // stage.parts.mesh.size
+        num_bytes += 2 * self._max_num_seqs * width * itemsize
         if stage.output_buffers is not None:
             num_bytes += stage.output_buffers.num_bytes(self._buckets.row_counts)
         return num_bytes

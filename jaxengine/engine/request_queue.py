@@ -2,6 +2,7 @@
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Protocol
 
 from jaxengine.engine.request import Request
@@ -21,6 +22,9 @@ class RequestQueue(Protocol):
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in the queue."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """Go through all requests, in no order that can be relied on."""
 
     def __len__(self) -> int: ...
 
@@ -47,6 +51,9 @@ class FCFSQueue:
     def remove(self, request: Request) -> None:
         """Take out a request."""
         del self._requests[request]
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -85,6 +92,9 @@ class PriorityQueue:
         del self._entries[request]
         if not self._entries:
             self._heap.clear()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -41,6 +41,7 @@ from jaxengine.engine.scheduler_output import (
     SchedulerOutput,
     SchedulerStats,
 )
+from jaxengine.engine.step_budget import fitted_budget
 from jaxengine.engine.step_builder import StepBuilder
 
 POLICIES = ("fcfs", "priority")
@@ -71,6 +72,8 @@ class Scheduler:
             groups of about the same size: a request whose token is still in the pipeline rests, so
             that the stages work at the same time.
         sliding_window: Window of every layer; None if any layer sees all tokens.
+        step_sizes: Sizes that long steps are padded to, rising; a step that would fill little more
+            than one of them leaves the rest to the next step.
 
     Raises:
         ValueError: If a limit is impossible or contradicts another.
@@ -90,6 +93,7 @@ class Scheduler:
         max_in_flight: int = 2,
         num_stages: int = 1,
         sliding_window: int | None = None,
+        step_sizes: Sequence[int] = (),
     ) -> None:
         _require_at_least_one(
             max_num_seqs=max_num_seqs,
@@ -122,6 +126,8 @@ class Scheduler:
         self.policy = policy
         self.max_in_flight = max_in_flight
         self.num_stages = num_stages
+        self._step_sizes = tuple(step_sizes) if enable_chunked_prefill else ()
+        self._is_prefilling = False  # whether the last step left a prompt unfinished
         self._max_chunk_tokens = max_num_batched_tokens
         if enable_chunked_prefill and long_prefill_token_threshold:
             self._max_chunk_tokens = min(long_prefill_token_threshold, max_num_batched_tokens)
@@ -231,7 +237,7 @@ class Scheduler:
         if self._has_finished_running:
             self._running = [r for r in self._running if r.status is RequestStatus.RUNNING]
             self._has_finished_running = False
-        step = StepBuilder(self.max_num_batched_tokens)
+        step = StepBuilder(self._token_budget())
         self._schedule_running(step, self.num_stages)
         if not step.is_out_of_blocks:
             self._schedule_waiting(step)
@@ -312,6 +318,22 @@ class Scheduler:
         block_size = self.block_pool.block_size
         num_unused = sum(len(r.block_ids) * block_size - r.num_computed_tokens for r in running)
         assert num_unused == self._blocks.num_unused_slots, "unused slots miscounted"
+
+    def _token_budget(self) -> int:
+        """Return the tokens of the next step at most, with a look at what it would be padded to."""
+        if not self._step_sizes or not (self._is_prefilling or len(self._waiting)):
+            return self.max_num_batched_tokens
+        counts = [r.num_tokens_with_placeholders - r.num_computed_tokens for r in self._running]
+        prefills = [min(count, self._max_chunk_tokens) for count in counts if count > 1]
+        num_decodes, num_prefill_tokens = len(counts) - len(prefills), sum(prefills)
+        for request in self._waiting:
+            if num_prefill_tokens >= self.max_num_batched_tokens:
+                break
+            num_prefill_tokens += min(request.num_tokens, self._max_chunk_tokens)
+        fitted = fitted_budget(
+            self._step_sizes, num_decodes=num_decodes, num_prefill_tokens=num_prefill_tokens
+        )
+        return fitted or self.max_num_batched_tokens
 
     def _schedule_running(self, step: StepBuilder, num_stages: int) -> None:
         # A request whose newest token comes from a step that may not be through rests.
@@ -420,6 +442,7 @@ class Scheduler:
     def _close_step(self, step: StepBuilder) -> SchedulerOutput:
         self._unused_slot_steps += self._blocks.num_unused_slots
         self._held_slot_steps += self.block_pool.num_held_blocks * self.block_pool.block_size
+        self._is_prefilling = step.has_unfinished_prompts
         scheduled = step.build(self._num_scheduled_steps)
         self._num_scheduled_steps += 1
         for row in scheduled.rows if self.num_stages > 1 else ():

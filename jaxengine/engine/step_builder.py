@@ -31,6 +31,11 @@ class StepBuilder:
         """Rows of one token."""
         return len(self._decode_rows)
 
+    @property
+    def has_unfinished_prompts(self) -> bool:
+        """Whether a row of several tokens ends before its request's tokens do."""
+        return any(not row.samples_token for row in self._longer_rows)
+
     def add_row(self, request: Request, num_new_tokens: int) -> None:
         """Compute a request's next tokens in this step, and count them as computed."""
         num_computed = request.num_computed_tokens

@@ -43,6 +43,18 @@ def test_prefill_of_few_rows_does_not_pay_for_the_logits_of_many() -> None:
     assert buckets.choose(1024, 33).num_rows == 256
 
 
+def test_the_largest_step_has_rows_to_choose_from() -> None:
+    buckets = make_buckets(1024, 16384)
+    assert buckets.choose(9000, 100) == StepShape(16384, 256, decode_only=False)
+    assert buckets.choose(9000, 257) == StepShape(16384, 1024, decode_only=False)
+    assert buckets.choose(8000, 100) == StepShape(8192, 1024, decode_only=False)
+
+
+def test_sizes_that_it_pays_to_fill_are_those_whose_time_grows() -> None:
+    assert make_buckets(256, 8192).fitted_tokens == [1024, 2048, 4096, 8192]
+    assert make_buckets(64, 512).fitted_tokens == []
+
+
 def test_the_first_shape_is_the_largest() -> None:
     shapes = make_buckets(256, 8192).all_shapes()
     assert shapes[0] == StepShape(8192, 256, decode_only=False)
