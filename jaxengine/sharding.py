@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 TENSOR_AXIS = "tp"
+LOGITS_SPEC = P(None, TENSOR_AXIS)  # each device has the logits of its part of the vocabulary
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -27,9 +28,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(x: np.ndarray, mesh: Mesh) -> jax.Array:
     """Put a host array on every device of a mesh, each process on its own (no collective)."""
-    return jax.make_array_from_callback(
-        x.shape, replicated(mesh), lambda index: x[index], dtype=x.dtype
-    )
+    return put(x, replicated(mesh))
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Cut a host array over a mesh, each process on its own (no collective)."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index], dtype=x.dtype)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:

@@ -1,13 +1,13 @@
-"""The sum of an array over the devices of a mesh axis, as one op.
+"""The sum of an array over the devices of a mesh axis, and few numbers of all of them, as ops.
 
-XLA's collective is the specification and serves everything. GPUs that reach each other's memory are
-faster with a kernel that writes there, which needs to know where: ``Peers``.
+XLA's collectives are the specification and serve everything. GPUs that reach each other's memory
+are faster with a kernel that writes there, which needs to know where: ``Peers``.
 """
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.all_reduce_triton import all_reduce_triton
+from pallas_kernels.all_reduce_triton import all_gather_triton, all_reduce_triton
 from pallas_kernels.peers import Peers
 
 
@@ -16,14 +16,16 @@ def all_reduce(
     peers: Peers | None,
     *,
     axis_name: str,
+    residual: Float[Array, "T D"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """Return the sum of ``x`` over a mesh axis, the same bits on each device.
+    """Return the sum of ``x`` over a mesh axis and a residual, the same bits on each device.
 
     Args:
         x: This device's part.
         peers: With the number of this sum; None where XLA's collective has to serve.
         axis_name: Of the mesh, under ``shard_map``.
+        residual: Added to the sum, once; the same on all devices. None for none.
         implementation: "reference", "triton", or None for the fastest that serves the array.
 
     Raises:
@@ -36,8 +38,25 @@ def all_reduce(
         raise ValueError("implementation 'triton' writes into the peers' memory: pass peers")
     if peers is not None and implementation != "reference":
         try:
-            return all_reduce_triton(x, peers)
+            return all_reduce_triton(x, peers, residual)
         except NotImplementedError:
             if implementation is not None:
                 raise
-    return jax.lax.psum(x, axis_name)
+    total = jax.lax.psum(x, axis_name)
+    return total if residual is None else residual + total
+
+
+def all_gather(x: Int[Array, "T D"], peers: Peers | None, *, axis_name: str) -> Int[Array, "N T D"]:
+    """Return the arrays of all devices of a mesh axis, in their order.
+
+    Args:
+        x: This device's, int32.
+        peers: With the number of this call; None where XLA's collective has to serve.
+        axis_name: Of the mesh, under ``shard_map``.
+    """
+    if peers is not None:
+        try:
+            return all_gather_triton(x, peers)
+        except NotImplementedError:
+            pass
+    return jax.lax.all_gather(x, axis_name)

@@ -1,4 +1,4 @@
-"""Sum of an array over the GPUs of one process, each GPU writing into its peers' memory.
+"""Sum and gathering of an array over the GPUs of a process, each writing into its peers' memory.
 
 A tensor-parallel decode step adds up a few kilobytes twice a layer: what counts is latency. XLA's
 own sum is a launch outside of the step's CUDA graph, on another stream; these are ordinary kernels,
@@ -7,7 +7,8 @@ word for another device's memory, hence the inline PTX.
 
 Small arrays, grid (tiles,): a thread sends four numbers as two 8-byte packets, each with the
 number of the call in it, to every GPU, then waits for the packets of all, and adds them up in the
-order of the GPUs, so that all have the same sum. One trip over the wire, no barrier.
+order of the GPUs, so that all have the same sum, or keeps them side by side. One trip over the
+wire, no barrier.
 Source: the LL protocol of NCCL (arXiv:2507.04786, section III).
 
 Large arrays between two GPUs, grid (programs,), all of them resident: a program sends tile after
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
 
@@ -41,12 +42,14 @@ POLLS = 1 << 27  # about half a microsecond each
 def all_reduce_triton(
     x: Float[Array, "T D"],
     peers: Peers,
+    residual: Float[Array, "T D"] | None = None,
 ) -> Float[Array, "T D"]:
-    """Return the sum over all GPUs, the same bits on each.
+    """Return the sum over all GPUs, the same bits on each, and the residual added to it.
 
     Args:
         x: This GPU's part.
         peers: Where to write, and the number of the call.
+        residual: The same on all GPUs; None for none.
 
     Raises:
         NotImplementedError: For a dtype or a size not served.
@@ -63,13 +66,44 @@ def all_reduce_triton(
     if x.shape[1] % vector:  # a thread's numbers lie in one row
         raise NotImplementedError(f"all-reduce in Triton: D is {x.shape[1]}, not n * {vector}")
     calls_before = jnp.asarray(peers.calls_before, jnp.int32).reshape(1)
-    return kernel(layout, x, peers.addresses, peers.origin, calls_before)
+    others = () if residual is None else (residual.astype(x.dtype),)
+    return kernel(layout, x, peers.addresses, peers.origin, calls_before, *others)
+
+
+def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]:
+    """Return the arrays of all GPUs, in their order.
+
+    Args:
+        x: This GPU's, 32-bit integers.
+        peers: Where to write, and the number of the call, of which sums are counted too.
+
+    Raises:
+        NotImplementedError: For a size not served.
+    """
+    layout = peers.layout
+    halves = lax.bitcast_convert_type(x, jnp.int16).reshape(x.shape[0], -1)
+    if halves.shape[1] % PACKED or halves.size > layout.small_elements:
+        raise NotImplementedError(f"all-gather in Triton: shape {x.shape}, {layout}")
+    calls_before = jnp.asarray(peers.calls_before, jnp.int32).reshape(1)
+    parts = _gather_small(layout, halves, peers.addresses, peers.origin, calls_before)
+    return lax.bitcast_convert_type(parts.reshape(layout.num_gpus, *x.shape, 2), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gather_small(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
+    return pl.pallas_call(
+        functools.partial(_small_kernel, layout, False),
+        grid=(pl.cdiv(x.size, SMALL_TILE),),
+        out_shape=jax.ShapeDtypeStruct((layout.num_gpus * x.shape[0], x.shape[1]), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=SMALL_TILE // PACKED // 32, num_stages=1),
+        name="all_gather_small",
+    )(x, *where)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # jitted: lowered once for all layers
 def _add_small(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
     return pl.pallas_call(
-        functools.partial(_small_kernel, layout),
+        functools.partial(_small_kernel, layout, True),
         grid=(pl.cdiv(x.size, SMALL_TILE),),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=plt.CompilerParams(num_warps=SMALL_TILE // PACKED // 32, num_stages=1),
@@ -79,16 +113,18 @@ def _add_small(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Arra
 
 def _small_kernel(
     layout: InboxLayout,
+    is_sum: bool,
     x_ref: Any,
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
-    out_ref: Any,
+    *rest: Any,
 ) -> None:
+    *residual_ref, out_ref = rest
     num_gpus = layout.num_gpus
     where = pl.program_id(0) * SMALL_TILE + jnp.arange(SMALL_TILE)
     is_real = where < x_ref.size
-    x = plt.load(_at(x_ref, where), mask=is_real, other=0.0)
+    x = plt.load(_at(x_ref, where), mask=is_real, other=0)
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
     first = lax.rem(call & 1, 2) * num_gpus * layout.packet_bytes + where * 4
 
@@ -110,8 +146,12 @@ def _small_kernel(
             pack=PACKED,
             result_shape_dtypes=[jax.ShapeDtypeStruct((SMALL_TILE,), x.dtype)],
         )
-    total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
-    plt.store(_at(out_ref, where), total.astype(x.dtype), mask=is_real)
+    if is_sum:
+        total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
+        _store(out_ref, where, is_real, total, *residual_ref)
+        return
+    for sender, part in enumerate(parts):
+        plt.store(_at(out_ref, where + sender * x_ref.size), part, mask=is_real)
 
 
 def _exchange_packets(num_gpus: int, sender: int, packet_bytes: int) -> str:
@@ -178,8 +218,9 @@ def _large_kernel(
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
-    out_ref: Any,
+    *rest: Any,
 ) -> None:
+    *residual_ref, out_ref = rest
     program, num_programs = pl.program_id(0), layout.num_programs
     size = x_ref.size
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
@@ -236,7 +277,7 @@ def _large_kernel(
             result_shape_dtypes=[jax.ShapeDtypeStruct((LARGE_TILE,), x.dtype)],
         )
         total = x.astype(jnp.float32) + theirs.astype(jnp.float32)
-        plt.store(_at(out_ref, where), total.astype(x.dtype), mask=is_real)
+        _store(out_ref, where, is_real, total, *residual_ref)
 
     def one(number: jax.Array, nothing: None) -> None:
         @pl.when(number >= DEPTH)
@@ -248,6 +289,16 @@ def _large_kernel(
             send(number)
 
     lax.fori_loop(0, count + DEPTH, one, None)
+
+
+def _store(
+    out_ref: Any, where: jax.Array, is_real: jax.Array, total: jax.Array, residual_ref: Any = None
+) -> None:
+    """Store a sum, rounded before a residual is added, as the reference does."""
+    total = total.astype(out_ref.dtype)
+    if residual_ref is not None:
+        total += plt.load(_at(residual_ref, where), mask=is_real, other=0.0)
+    plt.store(_at(out_ref, where), total, mask=is_real)
 
 
 def _keep(value: jax.Array, out_ref: Any) -> None:

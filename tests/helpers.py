@@ -26,7 +26,7 @@ from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.sharding import make_mesh
+from jaxengine.sharding import LOGITS_SPEC, make_mesh
 from jaxengine.weights import load_params, merge_params, open_model, param_specs
 
 TINY = {
@@ -102,7 +102,7 @@ def our_logits(
         all_logits,
         mesh=mesh,
         in_specs=({path: spec.spec for path, spec in specs.items()}, cache_specs, P()),
-        out_specs=P(),
+        out_specs=LOGITS_SPEC,
         check_vma=False,
     )
     return np.asarray(jax.jit(sharded)(params, caches, _prefill_batch(token_ids, num_blocks)))

@@ -85,7 +85,8 @@ def test_a_step_reduces_twice_a_layer_and_once_for_the_embedding(
         # The last layer's sums are of the rows' last tokens alone.
         reductions = [f"all-reduce {tokens},{D}"] * (2 * (len(layers) - is_last) + is_first)
         last_reductions = [f"all-reduce {rows},{D}"] * (2 * is_last)
-        gathers = [f"all-gather {rows},{V}"] * is_last
+        # The most likely token of each shard's part of the vocabulary, and its logit.
+        gathers = [f"all-gather {size},{rows},2"] * (is_last and size > 1)
         assert found == sorted([*gathers, *reductions, *last_reductions])
 
 

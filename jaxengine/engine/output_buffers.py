@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from jaxengine.sharding import replicate, replicated
+from jaxengine.sharding import LOGITS_SPEC, put, replicate, replicated
 
 MAX_ROWS = 256  # above, a step takes the GPU longer than the host, and logits are large
 
@@ -23,7 +23,7 @@ class OutputBuffers:
     """Outputs of past steps, by their number of rows.
 
     Args:
-        mesh: Devices that hold the outputs, each all of them.
+        mesh: Devices that hold the outputs: each all token ids, and its part of the logits.
         vocab_size: V.
         dtype: Of the logits.
         max_in_flight: So many steps later the host has read a step's token ids.
@@ -31,6 +31,7 @@ class OutputBuffers:
 
     def __init__(self, mesh: Mesh, *, vocab_size: int, dtype: str, max_in_flight: int) -> None:
         self._mesh = mesh
+        self._logits_sharding = NamedSharding(mesh, LOGITS_SPEC)
         self._vocab_size = vocab_size
         self._dtype = jnp.dtype(dtype)
         self._num_token_ids = max_in_flight + 1
@@ -43,18 +44,19 @@ class OutputBuffers:
 
     def num_bytes(self, row_counts: Iterable[int]) -> int:
         """Bytes on one device once steps of all these numbers of rows have run."""
+        width = self._vocab_size // self._mesh.size
         return sum(
-            num_rows * (self._vocab_size * self._dtype.itemsize + 4 * self._num_token_ids)
+            num_rows * (width * self._dtype.itemsize + 4 * self._num_token_ids)
             for num_rows in set(row_counts)
             if self.serves(num_rows)
         )
 
     def abstract(self, num_rows: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """What ``take`` returns, as shapes, to compile with before it exists."""
-        sharding = replicated(self._mesh)
+        logits = (num_rows, self._vocab_size)
         return (
-            jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=sharding),
-            jax.ShapeDtypeStruct((num_rows, self._vocab_size), self._dtype, sharding=sharding),
+            jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=replicated(self._mesh)),
+            jax.ShapeDtypeStruct(logits, self._dtype, sharding=self._logits_sharding),
         )
 
     def take(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +71,8 @@ class OutputBuffers:
             self._token_ids[num_rows] = collections.deque(spares)
         logits = self._logits.pop(num_rows, None)
         if logits is None:
-            logits = replicate(np.zeros((num_rows, self._vocab_size), self._dtype), self._mesh)
+            zeros = np.zeros((num_rows, self._vocab_size), self._dtype)
+            logits = put(zeros, self._logits_sharding)
         return self._token_ids[num_rows].popleft(), logits
 
     def keep(self, token_ids: jax.Array, logits: jax.Array) -> None:

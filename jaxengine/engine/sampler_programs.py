@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxengine.engine.compiler_options import compiler_options
 from jaxengine.engine.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.sampler import SamplerOutput, sample_packed
 from jaxengine.engine.sampling_inputs import PackedLayout, SamplerVariant
-from jaxengine.sharding import replicated
+from jaxengine.sharding import LOGITS_SPEC, replicated
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class SamplerPrograms:
     """Compiles samplers and keeps them.
 
     Args:
-        mesh: Devices that hold the logits, each all of them.
+        mesh: Devices that hold the logits, each its part of the vocabulary.
         vocab_size: V.
         max_num_seqs: Length of ``last_tokens``.
         dtype: Of the logits.
@@ -136,11 +136,13 @@ class SamplerPrograms:
     def _lower(self, variant: SamplerVariant, num_rows: int) -> jax.stages.Lowered:
         layout = PackedLayout.of(variant, num_rows)
         sharding = replicated(self._mesh)
+        logits_sharding = NamedSharding(self._mesh, LOGITS_SPEC)
         logits = (num_rows, self._vocab_size)
         return sample_packed.lower(
-            jax.ShapeDtypeStruct(logits, self._dtype, sharding=sharding),
+            jax.ShapeDtypeStruct(logits, self._dtype, sharding=logits_sharding),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=sharding),
             jax.ShapeDtypeStruct((self._max_num_seqs,), jnp.int32, sharding=sharding),
             layout=layout,
             variant=variant,
+            sharding=sharding if self._mesh.size > 1 else None,
         )

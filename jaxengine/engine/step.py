@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from jaxengine.batch import StepShape, build_input_batch, split_packed, update_tables
 from jaxengine.engine.kv_cache import CACHE_SPEC
 from jaxengine.engine.logprobs import TokenLogprobs, prompt_logprobs
-from jaxengine.engine.sampler import argmax
+from jaxengine.layers.vocabulary import argmax_over_shards
 from jaxengine.models.decoder import LayerCaches
-from jaxengine.sharding import TENSOR_AXIS
+from jaxengine.sharding import LOGITS_SPEC, TENSOR_AXIS
 from jaxengine.weights import ParamSpec, merge_params
 from pallas_kernels.peers import InboxLayout, Peers
 
@@ -88,10 +88,11 @@ def make_forward(
 
     It maps (params, caches, tables, last_tokens, packed) and, but for the first stage, the output
     [T, D] of the stage before, to (caches, tables, last_tokens) and what the next one needs: the
-    output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] and, with
-    ``returns_hidden``, that output too. Without it the last layer serves the rows' last tokens
-    alone, where they are few. The token ids are the greedy ones, and ``last_tokens`` takes them
-    over if the step is greedy: one program a step in the most common case.
+    output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] (cut over the
+    vocabulary) and, with ``returns_hidden``, that output too. Without it the last layer serves the
+    rows' last tokens alone, where they are few. The token ids are the greedy ones, and
+    ``last_tokens`` takes them over if the step is greedy: one program a step in the most common
+    case.
 
     With ``inbox_layout`` it also takes the addresses of such inboxes on all shards, and adds up
     over the shards by writing there. With ``overwrites_outputs`` the last stage takes two more
@@ -120,7 +121,8 @@ def make_forward(
         peers = None
         if inbox_layout is not None:
             rank = jax.lax.axis_index(TENSOR_AXIS)
-            origin = jnp.stack([rank, inputs["step_number"][0] * model.num_sums])
+            num_calls = model.num_sums + parts.is_last  # and the most likely tokens
+            origin = jnp.stack([rank, inputs["step_number"][0] * num_calls])
             peers = Peers(others[len(incoming)], origin, np.int32(0), inbox_layout)
         batch = build_input_batch(
             shape,
@@ -138,7 +140,7 @@ def make_forward(
         is_chosen = last_tokens_only and hidden.shape[0] == shape.num_rows
         chosen = hidden if shape.decode_only or is_chosen else hidden[batch.logits_indices]
         logits = model.compute_logits(chosen)
-        token_ids = argmax(logits)
+        token_ids = argmax_over_shards(logits, batch.after_sums(model.num_sums).peers)
         never = last_tokens.shape[0]  # past the end: not stored
         is_stored = (inputs["samples_token"] > 0) & (inputs["is_greedy"][0] > 0)
         targets = jnp.where(is_stored, inputs["slots"], never)
@@ -148,14 +150,14 @@ def make_forward(
 
     param_specs = {path: spec.spec for path, spec in parts.specs.items()}
     cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(parts.layers)
-    num_outputs = 2 + returns_hidden if parts.is_last else 1
+    out_specs = [P(), LOGITS_SPEC, P()][: 2 + returns_hidden] if parts.is_last else [P()]
     first_overwritten = 5 + (not parts.is_first) + (inbox_layout is not None)
-    num_others = first_overwritten - 5 + 2 * overwrites_outputs
+    other_specs = [P()] * (first_overwritten - 5) + [P(), LOGITS_SPEC][: 2 * overwrites_outputs]
     sharded = jax.shard_map(
         forward,
         mesh=parts.mesh,
-        in_specs=(param_specs, cache_specs, P(), P(), P(), *[P()] * num_others),
-        out_specs=(cache_specs, P(), P(), *[P()] * num_outputs),
+        in_specs=(param_specs, cache_specs, P(), P(), P(), *other_specs),
+        out_specs=(cache_specs, P(), P(), *out_specs),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )
     overwritten = (first_overwritten, first_overwritten + 1) if overwrites_outputs else ()
@@ -174,7 +176,12 @@ def make_prompt_scorer(num_logprobs: int, *, parts: StageParts) -> Callable:
         params: dict[str, jax.Array], hidden: Float[Array, "T D"], next_ids: Int[Array, " T"]
     ) -> TokenLogprobs:
         model = merge_params(parts.definition, params)
-        return prompt_logprobs(hidden, next_ids, model.compute_logits, num_logprobs)
+
+        def compute_logits(hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+            local = model.compute_logits(hidden)
+            return jax.lax.all_gather(local, TENSOR_AXIS, axis=1, tiled=True)
+
+        return prompt_logprobs(hidden, next_ids, compute_logits, num_logprobs)
 
     param_specs = {path: spec.spec for path, spec in parts.specs.items()}
     return jax.jit(

@@ -49,7 +49,8 @@ class Attention(nnx.Module):
     The fused weight is grouped by KV head, [K, G + 2, H, D] with the G query heads of the group,
     then its key and its value: cutting axis K gives every shard whole groups.
 
-    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D].
+    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D], and
+    adds a residual to it.
     """
 
     def __init__(self, spec: AttentionSpec, *, dtype: Any) -> None:
@@ -82,6 +83,8 @@ class Attention(nnx.Module):
         cos_sin: tuple[Float[Array, "T R"], Float[Array, "T R"]],
         k_cache: Float[Array, "num_blocks K block_size H"],
         v_cache: Float[Array, "num_blocks K block_size H"],
+        *,
+        residual: Float[Array, "outputs D"] | None = None,
     ) -> tuple[
         Float[Array, "outputs D"],
         Float[Array, "num_blocks K block_size H"],
@@ -112,7 +115,8 @@ class Attention(nnx.Module):
             decode_only=batch.decode_only or batch.last_tokens_only,
             implementation=self.spec.implementation,
         )
-        return self.o_proj(attended, batch.peers), k_cache, v_cache
+        output = self.o_proj(attended, residual=residual, peers=batch.peers)
+        return output, k_cache, v_cache
 
     def _head_norm(self) -> HeadNorm | None:
         if self.q_norm is None or self.k_norm is None:

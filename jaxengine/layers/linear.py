@@ -70,9 +70,19 @@ class Linear(nnx.Module):
         self.bias = parameter(out_shape, dtype, P(*out_spec)) if use_bias else None
 
     def __call__(
-        self, x: Float[Array, "T *in"], peers: Peers | None = None
+        self,
+        x: Float[Array, "T *in"],
+        *,
+        residual: Float[Array, "T *out"] | None = None,
+        peers: Peers | None = None,
     ) -> Float[Array, "T *out"]:
-        """Multiply rows; ``peers`` is how a row-parallel layer adds up, None for XLA's way."""
+        """Multiply rows.
+
+        Args:
+            x: Rows.
+            residual: Added to the result.
+            peers: How a row-parallel layer's shards add up; None for XLA's way.
+        """
         weight, rows = self.weight[...], x.reshape(x.shape[0], -1)
         if self.input_major:
             out_shape = weight.shape[-self.num_out_axes :]
@@ -81,9 +91,12 @@ class Linear(nnx.Module):
             out_shape = weight.shape[: self.num_out_axes]
             y = project(rows, weight.reshape(math.prod(out_shape), -1))
         if self.is_row_parallel:
-            y = all_reduce(y, peers, axis_name=TENSOR_AXIS)
+            residual_rows = None if residual is None else residual.reshape(y.shape)
+            y = all_reduce(y, peers, axis_name=TENSOR_AXIS, residual=residual_rows)
         y = y.reshape(x.shape[0], *out_shape)
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is not None:
+            y += self.bias[...]
+        return y if residual is None or self.is_row_parallel else residual + y
 
 
 def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
@@ -121,8 +134,7 @@ class Embedding(nnx.Module):
         found = jnp.where(is_here[:, None], rows, 0)
         return all_reduce(found, peers, axis_name=TENSOR_AXIS)
 
-    def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Scores over the whole vocabulary, gathered from the shards."""
+    def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B local_V"]:
+        """Scores of this shard's part of the vocabulary."""
         weight = self.weight[...]
-        local = x @ weight if self.input_major else project(x, weight)
-        return jax.lax.all_gather(local, TENSOR_AXIS, axis=1, tiled=True)
+        return x @ weight if self.input_major else project(x, weight)

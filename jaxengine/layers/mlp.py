@@ -54,18 +54,21 @@ class GatedMLP(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T D"],
-        peers: Peers | None = None,
         *,
+        residual: Float[Array, "T D"] | None = None,
+        peers: Peers | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "T D"]:
         """Serve some rows.
 
         Args:
             x: Rows.
+            residual: Added to the result.
             peers: How the shards add up; None for XLA's way.
             implementation: Of ``gated_product``.
         """
-        return self.down_proj(self._gated(x, implementation), peers)
+        gated = self._gated(x, implementation)
+        return self.down_proj(gated, residual=residual, peers=peers)
 
     def _gated(self, x: Float[Array, "T D"], implementation: str | None) -> Float[Array, "T F"]:
         projection = self.gate_up_proj

@@ -89,15 +89,17 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: Any, caches: tuple[Array, Array]
     ) -> tuple[Float[Array, "outputs D"], tuple[Array, Array]]:
-        attended, *new_caches = self.attention(self.input_norm(x), batch, cos_sin, *caches)
-        if batch.last_tokens_only:
-            x = x[batch.logits_indices]
-        x = x + attended
+        residual = x[batch.logits_indices] if batch.last_tokens_only else x
+        x, *new_caches = self.attention(
+            self.input_norm(x), batch, cos_sin, *caches, residual=residual
+        )
         # A faster kernel would spare the one layer of its kind nothing, and the start would have to
         # trace and compile it for every size.
         implementation = "reference" if batch.last_tokens_only else None
         peers = batch.after_sums(1).peers  # attention's was the first
-        x = x + self.mlp(self.post_attention_norm(x), peers, implementation=implementation)
+        x = self.mlp(
+            self.post_attention_norm(x), residual=x, peers=peers, implementation=implementation
+        )
         return x, (new_caches[0], new_caches[1])
 
 
@@ -143,7 +145,7 @@ class Decoder(nnx.Module):
 
     @property
     def num_sums(self) -> int:
-        """Sums over the shards that a call makes, all of them with ``batch.peers``."""
+        """Sums over the shards that a call makes, all of them with the numbers of ``batch``."""
         return (self.layer_numbers.start == 0) + SUMS_OF_LAYER * len(self.layer_numbers)
 
     def __call__(
@@ -180,8 +182,11 @@ class Decoder(nnx.Module):
             new_caches.append(cache)
         return x, new_caches
 
-    def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Scores of the next token for some rows of the last stage's output."""
+    def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B local_V"]:
+        """Scores of the next token for some rows of the last stage's output.
+
+        They are those of this shard's part of the vocabulary.
+        """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has logits"
         assert self.norm is not None, "only the last stage has logits"

@@ -11,10 +11,11 @@ import pytest
 
 from jaxengine.engine.logprobs import prompt_logprobs, token_logprobs
 from jaxengine.engine.random_stream import gumbel_noise, stream_keys
-from jaxengine.engine.sampler import argmax, sample_packed
+from jaxengine.engine.sampler import sample_packed
 from jaxengine.engine.sampling_inputs import GREEDY, SamplingState
 from jaxengine.engine.top_tokens import top_tokens
 from jaxengine.engine.truncation import kept_candidates, order_keys, truncation_threshold
+from jaxengine.layers.vocabulary import argmax
 from jaxengine.sampling_params import SamplingParams
 
 V = 300

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.all_reduce import all_reduce
+from pallas_kernels.all_reduce import all_gather, all_reduce
 from pallas_kernels.all_reduce_triton import all_reduce_triton
 from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
 
@@ -198,9 +198,16 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
     def add(x: jax.Array, addresses: jax.Array, first: jax.Array) -> jax.Array:
         origin = jnp.stack([jax.lax.axis_index(AXIS), first])
         peers = Peers(addresses, origin, np.int32(0), memory.layout)
-        sums = []
-        for number in range(num_sums):
-            sums.append(all_reduce(x * (number + 1), peers.after(number), axis_name=AXIS))
+        residuals = [None, jnp.full_like(x, 0.5)]
+        sums = [
+            all_reduce(
+                x * (number + 1),
+                peers.after(number),
+                axis_name=AXIS,
+                residual=residuals[number % 2],
+            )
+            for number in range(num_sums)
+        ]
         return jnp.stack(sums)
 
     sharded = jax.jit(
@@ -220,6 +227,34 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
         for number in range(num_sums):
             first, second = np.asarray(parts * (number + 1)).astype(np.float32)
             expected = (first + second).astype(found.dtype)
+            if number % 2:
+                expected = (expected.astype(np.float32) + 0.5).astype(found.dtype)
             for gpu in range(2):
                 rows = slice(gpu * shape[0], (gpu + 1) * shape[0])
                 np.testing.assert_array_equal(found[number, rows], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 8, 300, 1024])
+def test_two_gpus_know_the_numbers_of_both(gpus: Mesh, num_rows: int) -> None:
+    from jaxengine.engine.peer_memory import PeerMemory
+
+    memory = PeerMemory(gpus, inbox_layout(2, 1 << 20))
+    memory.allocate()
+
+    def gather(x: jax.Array, addresses: jax.Array, first: jax.Array) -> jax.Array:
+        origin = jnp.stack([jax.lax.axis_index(AXIS), first])
+        peers = Peers(addresses, origin, np.int32(0), memory.layout)
+        return all_gather(x, peers, axis_name=AXIS).reshape(-1, 2)
+
+    sharded = jax.jit(
+        jax.shard_map(
+            gather, mesh=gpus, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False
+        )
+    )
+    rng = np.random.default_rng(0)
+    for step in range(5):
+        numbers = rng.integers(-(2**31), 2**31, (2, num_rows, 2), dtype=np.int64).astype(np.int32)
+        x = jax.device_put(numbers.reshape(-1, 2), NamedSharding(gpus, P(AXIS)))
+        found = np.asarray(sharded(x, memory.addresses, np.int32(1 + step)))
+        np.testing.assert_array_equal(found, np.concatenate([numbers.reshape(-1, 2)] * 2))
