@@ -18,7 +18,8 @@ i - DEPTH of this side: 2 DEPTH places suffice, and none has to be reported free
 
 Inboxes exist twice, for calls of even and odd number. A GPU that finishes call c has met data of
 call c from every peer, which had finished c - 1 by then: so no call c + 1 writes where one c - 1
-still reads. A wait that lasts a minute ends the program with a CUDA error.
+still reads. That holds for calls that run one after the other, each with the result of the one
+before; see ``Peers``. A wait that lasts a minute ends the program with a CUDA error.
 Limits: 16-bit floats; for large arrays two GPUs; else NotImplementedError.
 """
 
