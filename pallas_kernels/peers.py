@@ -78,9 +78,9 @@ class InboxLayout(NamedTuple):
 class Peers:
     """How the GPUs of a mesh axis reach each other, and the number of the next sum.
 
-    Sums in a row have numbers in a row, on all GPUs the same: ``origin[1] + calls_before``. Each has
-    to depend on the one before, as those of a model's layers do: XLA may run independent kernels in
-    any order, or at once, and then a GPU waits for packets that others have overwritten.
+    Sums in a row have numbers in a row, on all GPUs the same: ``origin[1] + calls_before``. Each
+    has to depend on the one before, as those of a model's layers do: XLA may run independent
+    kernels in any order, or at once, and then a GPU waits for packets that were overwritten.
 
     Attributes:
         calls_before: A constant, mostly, which costs no kernel of its own.
