@@ -14,6 +14,7 @@ than the L2 cache. Prints a table, and last one JSON line.
 """
 
 import argparse
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,6 +165,7 @@ def main() -> None:
         print(f"{how} {size:>10} {each['gb_s']:8,.0f} GB/s")
     record = {
         "benchmark": "device_rates",
+        "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "device": devices[0].device_kind,
         "num_devices": len(devices),
