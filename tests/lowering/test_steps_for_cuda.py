@@ -23,6 +23,7 @@ from jaxengine.sharding import TENSOR_AXIS, replicated
 from jaxengine.weights import param_specs
 from pallas_kernels import gated_product, paged_attention
 from pallas_kernels.gated_product_reference import gated_product_reference
+from pallas_kernels.peers import inbox_layout
 
 DECODE = StepShape(4, 4, decode_only=True)
 MIXED = StepShape(16, 4, decode_only=False)
@@ -52,16 +53,17 @@ SMOLLM = {
     "num_key_value_heads": 3,
 }
 MODELS = {"llama-8b": LLAMA_8B, "qwen3-0.6b": QWEN3_06B, "smollm2": SMOLLM}
-H100 = jax.sharding.AbstractMesh(
-    (1,),
-    (TENSOR_AXIS,),
-    abstract_device=jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H100", num_cores=132, platform="gpu"
-    ),
-)
 
 
-def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape) -> str:
+def h100s(count: int) -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    return jax.sharding.AbstractMesh((count,), (TENSOR_AXIS,), abstract_device=device)
+
+
+H100 = h100s(1)
+
+
+def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gpus: int = 1) -> str:
     sizes = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 8192}
     config = ModelConfig.from_hf({**sizes, **MODELS[name]}, "bfloat16")
     options = ModelOptions(
@@ -69,21 +71,24 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape) -> str
     )
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
-    parts = StageParts(definition, specs, H100, range(3))
-    forward = make_forward(shape, parts=parts, block_size=16)
+    mesh = H100 if num_gpus == 1 else h100s(num_gpus)
+    parts = StageParts(definition, specs, mesh, range(3))
+    layout = None if num_gpus == 1 else inbox_layout(num_gpus, 16384 * config.hidden_size)
+    forward = make_forward(shape, parts=parts, block_size=16, inbox_layout=layout)
     cache_spec = KVCacheSpec(3, config.num_kv_heads, config.head_dim, 16, "bfloat16")
 
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(H100))
+        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))
 
     arguments = (
-        {path: spec.abstract(H100) for path, spec in specs.items()},
-        cache_spec.abstract(1000, H100),
+        {path: spec.abstract(mesh) for path, spec in specs.items()},
+        cache_spec.abstract(1000, mesh),
         ints(257, 512),
         ints(256),
         ints(shape.packed_size),
+        *([] if layout is None else [ints(num_gpus, 2)]),
     )
-    with jax.sharding.use_abstract_mesh(H100):
+    with jax.sharding.use_abstract_mesh(mesh):
         return forward.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -127,6 +132,29 @@ def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
     text = lower_step_for_cuda(name, None, shape)
     assert "mosaic_gpu" in text or "__gpu$xla.gpu.triton" in text
     assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_gpus", "kinds"),
+    [
+        (StepShape(8, 8, decode_only=True), 2, {"small"}),
+        (StepShape(256, 256, decode_only=True), 2, {"large"}),
+        (StepShape(4096, 256, decode_only=False), 2, {"large"}),
+        (StepShape(8, 8, decode_only=True), 8, {"small"}),
+    ],
+    ids=str,
+)
+def test_gpus_add_up_in_kernels_of_ours_and_xla_has_no_collective_left(
+    shape: StepShape, num_gpus: int, kinds: set[str]
+) -> None:
+    text = lower_step_for_cuda("llama-8b", "triton", shape, num_gpus)
+    for collective in ("all_reduce", "all_gather", "reduce_scatter", "collective_permute"):
+        assert f"stablehlo.{collective}" not in text
+    # Two sums a layer, in a function that all layers of a kind call, and one for the embedding.
+    assert {kind for kind in ("small", "large") if f'"all_reduce_{kind}' in text} == kinds
+    num_kinds_of_layers = len(re.findall(r"func.func private @_run_layer\w*\(", text))
+    assert len(re.findall(r"call @_add_(?:small|large)\w*\(", text)) == 1 + 2 * num_kinds_of_layers
+    assert "all_gather_small" in text  # the most likely tokens
 
 
 def test_the_last_layer_of_a_long_step_brings_no_kernel_of_its_own(
