@@ -9,7 +9,7 @@ Small arrays, grid (tiles,): a thread sends four numbers as two 8-byte packets, 
 number of the call in it, to every GPU, then waits for the packets of all, and adds them up in the
 order of the GPUs, so that all have the same sum, or keeps them side by side. One trip over the
 wire, no barrier.
-Source: the LL protocol of NCCL (arXiv:2507.04786, section III).
+Source: the LL protocol of NCCL (described in arXiv:2507.04786).
 
 Large arrays between two GPUs, grid (programs,), all of them resident: a program sends tile after
 tile into a ring of its own at the peer, each followed by a flag, and takes in the peer's tiles
