@@ -66,9 +66,8 @@ def all_reduce_triton(
         raise NotImplementedError(f"all-reduce in Triton: {x.size} numbers, {layout}")
     if x.shape[1] % vector:  # a thread's numbers lie in one row
         raise NotImplementedError(f"all-reduce in Triton: D is {x.shape[1]}, not n * {vector}")
-    calls_before = jnp.asarray(peers.calls_before, jnp.int32).reshape(1)
     others = () if residual is None else (residual.astype(x.dtype),)
-    return kernel(layout, x, peers.addresses, peers.origin, calls_before, *others)
+    return kernel(layout, x, *_where(peers), *others)
 
 
 def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]:
@@ -85,30 +84,40 @@ def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]
     halves = lax.bitcast_convert_type(x, jnp.int16).reshape(x.shape[0], -1)
     if halves.shape[1] % PACKED or halves.size > layout.small_elements:
         raise NotImplementedError(f"all-gather in Triton: shape {x.shape}, {layout}")
-    calls_before = jnp.asarray(peers.calls_before, jnp.int32).reshape(1)
-    parts = _gather_small(layout, halves, peers.addresses, peers.origin, calls_before)
+    parts = _gather_small(layout, halves, *_where(peers))
     return lax.bitcast_convert_type(parts.reshape(layout.num_gpus, *x.shape, 2), jnp.int32)
+
+
+def _where(peers: Peers) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a kernel is told of its peers, as arrays."""
+    return peers.addresses, peers.origin, jnp.asarray(peers.calls_before, jnp.int32).reshape(1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gather_small(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
-    return pl.pallas_call(
-        functools.partial(_small_kernel, layout, False),
-        grid=(pl.cdiv(x.size, SMALL_TILE),),
-        out_shape=jax.ShapeDtypeStruct((layout.num_gpus * x.shape[0], x.shape[1]), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=SMALL_TILE // PACKED // 32, num_stages=1),
-        name="all_gather_small",
-    )(x, *where)
+    shape = (layout.num_gpus * x.shape[0], x.shape[1])
+    return _call_small(layout, False, shape, "all_gather_small", x, *where)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # jitted: lowered once for all layers
 def _add_small(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
+    return _call_small(layout, True, x.shape, "all_reduce_small", x, *where)
+
+
+def _call_small(
+    layout: InboxLayout,
+    is_sum: bool,
+    out_shape: tuple[int, ...],
+    name: str,
+    x: jax.Array,
+    *where: jax.Array,
+) -> jax.Array:
     return pl.pallas_call(
-        functools.partial(_small_kernel, layout, True),
+        functools.partial(_small_kernel, layout, is_sum),
         grid=(pl.cdiv(x.size, SMALL_TILE),),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_shape=jax.ShapeDtypeStruct(out_shape, x.dtype),
         compiler_params=plt.CompilerParams(num_warps=SMALL_TILE // PACKED // 32, num_stages=1),
-        name="all_reduce_small",
+        name=name,
     )(x, *where)
 
 
@@ -127,7 +136,7 @@ def _small_kernel(
     is_real = where < x_ref.size
     x = plt.load(_at(x_ref, where), mask=is_real, other=0)
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
-    first = lax.rem(call & 1, 2) * num_gpus * layout.packet_bytes + where * 4
+    first = (call & 1) * num_gpus * layout.packet_bytes + where * 4
 
     def everywhere(scalar: Any) -> jax.Array:
         return jnp.broadcast_to(scalar, (SMALL_TILE,))
