@@ -27,12 +27,15 @@ def argmax_over_shards(x: Float[Array, "B local_V"], peers: Peers | None) -> Int
         x: Logits of this shard's part of the vocabulary, under ``shard_map``.
         peers: How the shards talk to each other; None for XLA's way.
     """
-    first = lax.axis_index(TENSOR_AXIS) * x.shape[1]
-    token_ids, largest = argmax(x), jnp.max(x, axis=1).astype(jnp.float32)
-    if lax.axis_size(TENSOR_AXIS) == 1:
+    token_ids = argmax(x)
+    num_shards, width = lax.axis_size(TENSOR_AXIS), x.shape[1]
+    if num_shards == 1:
         return token_ids
-    pair = jnp.stack([lax.bitcast_convert_type(largest, jnp.int32), token_ids + first], axis=1)
+    largest = jnp.max(x, axis=1).astype(jnp.float32)
+    token_ids += lax.axis_index(TENSOR_AXIS) * width
+    pair = jnp.stack([lax.bitcast_convert_type(largest, jnp.int32), token_ids], axis=1)
     pairs = all_gather(pair, peers, axis_name=TENSOR_AXIS)  # [N, B, 2]
     values = lax.bitcast_convert_type(pairs[:, :, 0], jnp.float32)
     is_largest = values == jnp.max(values, axis=0)
-    return jnp.min(jnp.where(is_largest, pairs[:, :, 1], jnp.iinfo(jnp.int32).max), axis=0)
+    # As in ``argmax``, a row of NaN gives the last token and not one outside of the vocabulary.
+    return jnp.min(jnp.where(is_largest, pairs[:, :, 1], num_shards * width - 1), axis=0)

@@ -13,6 +13,9 @@ from jaxengine.sharding import LOGITS_SPEC, make_mesh
 
 rng = np.random.default_rng(0)
 logits = rng.integers(-5, 5, (200, 40)).astype(np.float32)  # most rows have equal maxima
+logits[7] = np.nan
+expected = np.argmax(logits, axis=1)
+expected[7] = 39  # a row of NaN: the last token
 found = {}
 for size in (1, 2, 4):
     f = jax.shard_map(
@@ -21,7 +24,7 @@ for size in (1, 2, 4):
     )
     types = (np.float32, jnp.bfloat16)
     found[size] = [np.asarray(jax.jit(f)(logits.astype(t))).tolist() for t in types]
-print(json.dumps({"expected": np.argmax(logits, axis=1).tolist(), "found": found}))
+print(json.dumps({"expected": expected.tolist(), "found": found}))
 """
 
 
