@@ -13,14 +13,20 @@ from jaxtyping import Array, Int
 
 
 class DecodeSplits(NamedTuple):
-    """One entry a split, in row order; then per row, where its splits are."""
+    """One entry a split, in row order. Unused entries come last."""
 
     row: jax.Array  # [num_splits] int32; -1 for an unused entry
     start: jax.Array  # [num_splits] int32 first KV position, a multiple of tile_kv
     stop: jax.Array  # [num_splits] int32 end position; <= start for a padding row
-    is_whole_row: jax.Array  # [num_splits] int32 1 if the row has no other split
-    merged_row: jax.Array  # [num_merges] int32 rows with several splits; -1 for an unused entry
-    first_split: jax.Array  # [num_merges] int32 index of such a row's first split
+    first_split: jax.Array  # [num_splits] int32 index of the first split of the same row
+    end_split: jax.Array  # [num_splits] int32 index after its last
+
+
+class DecodeMerges(NamedTuple):
+    """One entry for a row that has several splits."""
+
+    row: jax.Array  # [num_merges] int32; -1 for an unused entry
+    first_split: jax.Array  # [num_merges] int32 index of the row's first split
     end_split: jax.Array  # [num_merges] int32 index after its last
 
 
@@ -62,16 +68,30 @@ def split_rows(
     index = split - ends[row] + splits_of_row[row]
     start = (first_tile[row] + index * tiles_per_split[row]) * tile_kv
     stop = jnp.minimum(start + tiles_per_split[row] * tile_kv, seq_lens[row])
-    # Every merged row takes an extra split, so there are no more of them than num_extra.
-    merged = jnp.nonzero(splits_of_row > 1, size=min(B, num_extra), fill_value=-1)[0]
     return DecodeSplits(
         row=_int32(jnp.where(is_used, row, -1)),
         start=_int32(start),
         stop=_int32(stop),
-        is_whole_row=_int32(splits_of_row[row] == 1),
-        merged_row=_int32(merged),
-        first_split=_int32(ends[merged] - splits_of_row[merged]),
-        end_split=_int32(ends[merged]),
+        first_split=_int32(jnp.where(is_used, ends[row] - splits_of_row[row], 0)),
+        end_split=_int32(jnp.where(is_used, ends[row], 0)),
+    )
+
+
+def split_merges(splits: DecodeSplits, *, max_merges: int) -> DecodeMerges:
+    """Collect the rows that have several splits.
+
+    Args:
+        splits: From ``split_rows``.
+        max_merges: Most such rows: each takes an extra split, so no more than ``num_extra``.
+    """
+    index = jnp.arange(splits.row.shape[0])
+    starts_a_merge = (index == splits.first_split) & (splits.end_split - splits.first_split > 1)
+    where = jnp.nonzero(starts_a_merge, size=max_merges, fill_value=-1)[0]
+    is_used = where >= 0
+    return DecodeMerges(
+        row=_int32(jnp.where(is_used, splits.row[where], -1)),
+        first_split=splits.first_split[where],
+        end_split=splits.end_split[where],
     )
 
 

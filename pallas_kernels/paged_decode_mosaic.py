@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_splits import DecodeSplits, split_rows
+from pallas_kernels.decode_splits import DecodeMerges, DecodeSplits, split_merges, split_rows
 from pallas_kernels.tiles import DecodeConfig, mosaic_decode_config, num_extra_splits
 
 plgpu: Any = mosaic_gpu  # its signatures differ between versions of jax
@@ -116,9 +116,10 @@ def paged_decode_mosaic(
         has_alibi=alibi_slopes is not None,
         interpret=interpret,
     )
+    num_extra = num_extra_splits(config, num_kv_heads)
     splits = split_rows(
         seq_lens,
-        num_extra=num_extra_splits(config, num_kv_heads),
+        num_extra=num_extra,
         tile_kv=config.tile_kv,
         min_split_tokens=config.min_split_tokens,
         sliding_window=sliding_window,
@@ -127,7 +128,8 @@ def paged_decode_mosaic(
     if alibi_slopes is not None:
         grouped = alibi_slopes.astype(jnp.float32).reshape(num_kv_heads, -1)
         slopes = jnp.pad(grouped, ((0, 0), (0, problem.padded_group - problem.group)))
-    return _attend(problem, splits, seq_lens, block_tables, slopes, q, k_cache, v_cache)
+    merges = split_merges(splits, max_merges=min(B, num_extra))
+    return _attend(problem, splits, merges, seq_lens, block_tables, slopes, q, k_cache, v_cache)
 
 
 def _check_supported(
@@ -154,6 +156,7 @@ def _check_supported(
 def _attend(
     problem: _Problem,
     splits: DecodeSplits,
+    merges: DecodeMerges,
     seq_lens: jax.Array,
     block_tables: jax.Array,
     slopes: jax.Array | None,
@@ -162,7 +165,7 @@ def _attend(
     v_cache: jax.Array,
 ) -> jax.Array:
     B, N, H = q.shape
-    num_splits, num_merges = splits.row.shape[0], splits.merged_row.shape[0]
+    num_splits, num_merges = splits.row.shape[0], merges.row.shape[0]
     heads = (num_splits, problem.num_kv_heads)
     reduce = _kernel(
         functools.partial(_reduce_split, problem),
@@ -183,7 +186,7 @@ def _attend(
     rows_added = (0, problem.padded_group - problem.group)
     grouped_q = jnp.pad(grouped_q, (no_padding, no_padding, rows_added, no_padding))
     out, partial_out, partial_lse = reduce(
-        *splits[:4],
+        *splits,
         seq_lens.astype(jnp.int32),
         block_tables,
         *([] if slopes is None else [slopes]),
@@ -200,7 +203,7 @@ def _attend(
         num_threads=1,
     )
     merged = jax.new_ref(out)
-    merge(*splits[4:], partial_out, partial_lse, merged)
+    merge(*merges, partial_out, partial_lse, merged)
     return jax.freeze(merged)
 
 
@@ -240,10 +243,11 @@ def _scratch_types(problem: _Problem) -> list[Any]:
 def _reduce_split(problem: _Problem, *refs: Any) -> None:
     arguments = list(refs)
     if not problem.has_alibi:
-        arguments.insert(6, None)
-    row_ref, start_ref, stop_ref, is_whole_row_ref, seq_lens_ref, tables, slopes_ref = arguments[:7]
-    q_ref, k_ref, v_ref, out_ref, partial_out_ref, partial_lse_ref = arguments[7:13]
-    q_s, k_s, v_s, p_s, (out_s, partial_s), q_full, k_full, v_full, free = arguments[13:]
+        arguments.insert(7, None)
+    row_ref, start_ref, stop_ref, first_split_ref, end_split_ref = arguments[:5]
+    seq_lens_ref, tables, slopes_ref = arguments[5:8]
+    q_ref, k_ref, v_ref, out_ref, partial_out_ref, partial_lse_ref = arguments[8:14]
+    q_s, k_s, v_s, p_s, (out_s, partial_s), q_full, k_full, v_full, free = arguments[14:]
     tile_kv, num_stages = problem.config.tile_kv, problem.config.num_stages
     H, group = problem.head_dim, problem.padded_group
     split, head = lax.axis_index("split"), lax.axis_index("head")
@@ -334,7 +338,7 @@ def _reduce_split(problem: _Problem, *refs: Any) -> None:
         total = total.sum(axis=0)
         total = jnp.where(total > 0, total, 1.0)
         out = acc / lax.broadcast_in_dim(total, acc.shape, [1])
-        is_whole_row = is_whole_row_ref[split] == 1
+        is_whole_row = end_split_ref[split] - first_split_ref[split] == 1
 
         @pl.when(is_whole_row)
         def _store() -> None:

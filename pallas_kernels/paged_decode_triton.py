@@ -2,7 +2,10 @@
 
 Grid (K, splits): a program reduces one KV head over one stretch of one row, for the G query heads
 of the group, padded to the 16 rows that the tensor cores want. A row in one stretch is written
-out at once; the stretches of the others are merged by a second kernel, in float32.
+out at once. The stretches of the others are merged in float32 by whichever program of the row ends
+last: a kernel for that alone would cost each layer a launch, and a decode step is mostly launches.
+Who is last, programs count in ``arrivals``, zeros that the last one restores: the array is the same
+after the kernel as before, so all layers of a step share one.
 Source: FlashAttention, arXiv:2205.14135, Algorithm 1 (running maximum and sum), in base 2.
 Limits: bfloat16 or float16, head_dim up to 256, group up to 128; else NotImplementedError.
 """
@@ -24,6 +27,7 @@ from pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_c
 LOG2_E = math.log2(math.e)
 # Starting maximum: finite, so that a tile whose keys are all masked gives 0 and not NaN.
 LOWEST = -1e30
+MERGED_AT_ONCE = 4  # splits
 
 
 class _Problem(NamedTuple):
@@ -39,6 +43,7 @@ class _Problem(NamedTuple):
     sliding_window: int | None
     logits_soft_cap: float | None
     has_alibi: bool
+    interpret: bool
 
 
 def paged_decode_triton(
@@ -92,6 +97,7 @@ def paged_decode_triton(
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
         has_alibi=alibi_slopes is not None,
+        interpret=interpret,
     )
     splits = split_rows(
         seq_lens,
@@ -100,10 +106,14 @@ def paged_decode_triton(
         min_split_tokens=config.min_split_tokens,
         sliding_window=sliding_window,
     )
-    num_splits, num_merges = splits.row.shape[0], splits.merged_row.shape[0]
+    num_splits = splits.row.shape[0]
     slopes = jnp.zeros((1,), jnp.float32) if alibi_slopes is None else alibi_slopes
+    # Zeros that XLA cannot tell from others, or it would let them share their memory.
+    arrivals = jnp.minimum(seq_lens.astype(jnp.int32), 0)[:, None] + jnp.zeros(
+        (1, num_kv_heads), jnp.int32
+    )
     call: Any = functools.partial(pl.pallas_call, interpret=interpret)
-    out, partial_out, partial_lse = call(
+    out, _, _ = call(
         functools.partial(_reduce_split, problem),
         grid=(num_kv_heads, num_splits),
         out_shape=(
@@ -116,30 +126,24 @@ def paged_decode_triton(
         ),
         name="paged_decode",
     )(
-        splits.row,
-        splits.start,
-        splits.stop,
-        splits.is_whole_row,
+        *splits,
         seq_lens.astype(jnp.int32),
         block_tables,
         slopes.astype(jnp.float32),
+        arrivals,
         q,
         k_cache,
         v_cache,
     )
-    return call(
-        functools.partial(_merge_splits, problem),
-        grid=(num_kv_heads, num_merges),
-        out_shape=jax.ShapeDtypeStruct((B, N, H), q.dtype),
-        input_output_aliases={5: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        name="paged_decode_merge",
-    )(splits.merged_row, splits.first_split, splits.end_split, partial_out, partial_lse, out)
+    decoded: jax.Array = out
+    return decoded
 
 
-def _heads_and_columns(problem: _Problem, head: jax.Array) -> tuple[jax.Array, ...]:
+def _heads_and_columns(
+    problem: _Problem, head: jax.Array, padded_group: int
+) -> tuple[jax.Array, ...]:
     """Query heads of the group, columns of the head, and a mask against the padding of both."""
-    offsets = jnp.arange(problem.padded_group)
+    offsets = jnp.arange(padded_group)
     columns = jnp.arange(problem.padded_head_dim)
     is_real = (offsets < problem.group)[:, None] & (columns < problem.head_dim)[None, :]
     return head * problem.group + offsets, offsets < problem.group, columns, is_real
@@ -150,10 +154,12 @@ def _reduce_split(
     row_ref: Any,
     start_ref: Any,
     stop_ref: Any,
-    is_whole_row_ref: Any,
+    first_split_ref: Any,
+    end_split_ref: Any,
     seq_lens_ref: Any,
     block_tables_ref: Any,
     slopes_ref: Any,
+    arrivals_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -163,7 +169,7 @@ def _reduce_split(
 ) -> None:
     head, split = pl.program_id(0), pl.program_id(1)
     row = row_ref[split]
-    heads, is_head, columns, is_real = _heads_and_columns(problem, head)
+    heads, is_head, columns, is_real = _heads_and_columns(problem, head, problem.padded_group)
 
     @pl.when(row >= 0)
     def _reduce_used_split() -> None:
@@ -216,7 +222,8 @@ def _reduce_split(
             ),
         )
         out = acc / jnp.where(total > 0, total, 1.0)[:, None]
-        is_whole_row = is_whole_row_ref[split] == 1
+        first_split, end_split = first_split_ref[split], end_split_ref[split]
+        is_whole_row = end_split - first_split == 1
 
         @pl.when(is_whole_row)
         def _store() -> None:
@@ -229,6 +236,17 @@ def _reduce_split(
             plt.store(target, out, mask=is_real)
             lse = maximum + jnp.log2(jnp.where(total > 0, total, 1.0))
             plt.store(partial_lse_ref.at[split, heads], lse, mask=is_head)
+            if not problem.interpret:  # it has no threads
+                plt.debug_barrier()  # all have stored when one reports it
+            arrived = plt.atomic_add(arrivals_ref, (row, head), jnp.int32(1))
+
+            @pl.when(arrived == end_split - first_split - 1)
+            def _merge() -> None:
+                arrivals_ref[row, head] = 0
+                stretch = first_split, end_split
+                _merge_splits(
+                    problem, head, row, stretch, partial_out_ref, partial_lse_ref, out_ref
+                )
 
 
 def _biased(
@@ -247,42 +265,48 @@ def _biased(
 
 def _merge_splits(
     problem: _Problem,
-    merged_row_ref: Any,
-    first_split_ref: Any,
-    end_split_ref: Any,
+    head: jax.Array,
+    row: jax.Array,
+    stretch: tuple[jax.Array, jax.Array],
     partial_out_ref: Any,
     partial_lse_ref: Any,
-    _unmerged_out_ref: Any,
     out_ref: Any,
 ) -> None:
-    head, merge = pl.program_id(0), pl.program_id(1)
-    row = merged_row_ref[merge]
-    heads, is_head, columns, is_real = _heads_and_columns(problem, head)
+    first_split, end_split = stretch
+    padded_group = pl.next_power_of_2(problem.group)  # no matrix product here
+    heads, is_head, columns, is_real = _heads_and_columns(problem, head, padded_group)
 
-    @pl.when(row >= 0)
-    def _merge_row() -> None:
-        def add_split(split: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            acc, maximum, total = carry
-            lse = plt.load(partial_lse_ref.at[split, heads], mask=is_head, other=LOWEST)
-            part = plt.load(
-                partial_out_ref.at[split, heads[:, None], columns[None, :]],
-                mask=is_real,
-                other=0.0,
-            )
-            new_maximum = jnp.maximum(maximum, lse)
-            decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
-            acc = acc * decay[:, None] + part * weight[:, None]
-            return acc, new_maximum, total * decay + weight
+    def load(place: Any, mask: jax.Array, other: float) -> jax.Array:
+        # Past the L1 cache: other programs have just written, and it may hold what was
+        # there before.
+        return plt.load(place, mask=mask, other=other, volatile=True)
 
-        acc, _, total = lax.fori_loop(
-            first_split_ref[merge],
-            end_split_ref[merge],
-            add_split,
-            (
-                jnp.zeros((problem.padded_group, problem.padded_head_dim), jnp.float32),
-                jnp.full((problem.padded_group,), LOWEST, jnp.float32),
-                jnp.zeros((problem.padded_group,), jnp.float32),
-            ),
-        )
-        out = (acc / total[:, None]).astype(out_ref.dtype)
-        plt.store(out_ref.at[row, heads[:, None], columns[None, :]], out, mask=is_real)
+    def add_splits(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, maximum, total = carry
+        splits = [first_split + i * MERGED_AT_ONCE + j for j in range(MERGED_AT_ONCE)]
+        lses, parts = [], []
+        for split in splits:  # all loads are under way before the first is used
+            is_there = split < end_split
+            lses.append(load(partial_lse_ref.at[split, heads], is_head & is_there, LOWEST))
+            place = partial_out_ref.at[split, heads[:, None], columns[None, :]]
+            parts.append(load(place, is_real & is_there, 0.0))
+        new_maximum = functools.reduce(jnp.maximum, lses, maximum)
+        decay = jnp.exp2(maximum - new_maximum)
+        acc, total = acc * decay[:, None], total * decay
+        for lse, part in zip(lses, parts, strict=True):
+            weight = jnp.exp2(lse - new_maximum)
+            acc, total = acc + part * weight[:, None], total + weight
+        return acc, new_maximum, total
+
+    acc, _, total = lax.fori_loop(
+        0,
+        lax.div(end_split - first_split + (MERGED_AT_ONCE - 1), MERGED_AT_ONCE),
+        add_splits,
+        (
+            jnp.zeros((padded_group, problem.padded_head_dim), jnp.float32),
+            jnp.full((padded_group,), LOWEST, jnp.float32),
+            jnp.zeros((padded_group,), jnp.float32),
+        ),
+    )
+    out = (acc / total[:, None]).astype(out_ref.dtype)
+    plt.store(out_ref.at[row, heads[:, None], columns[None, :]], out, mask=is_real)

@@ -62,7 +62,7 @@ def test_decode_lowers_for_cuda(
         text = lower_for_cuda(function, *decode_shapes(head_dim, block_size, dtype))
     except NotImplementedError as refusal:
         pytest.skip(f"{implementation} refuses: {refusal}")
-    assert {"triton": "paged_decode_merge", "mosaic": "mosaic_gpu"}[implementation] in text
+    assert {"triton": "paged_decode", "mosaic": "mosaic_gpu"}[implementation] in text
 
 
 def test_the_xla_fallback_lowers_for_cuda() -> None:

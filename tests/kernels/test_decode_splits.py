@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.decode_splits import DecodeSplits, split_rows
+from pallas_kernels.decode_splits import DecodeSplits, split_merges, split_rows
 
 NUM_ROWS = 6
 NUM_EXTRA = 4
@@ -29,7 +29,8 @@ def split(seq_lens: list[int], sliding_window: int | None = None) -> DecodeSplit
 
 
 def stretches(splits: DecodeSplits) -> list[tuple[int, int, int, int]]:
-    columns = (splits.row, splits.start, splits.stop, splits.is_whole_row)
+    is_whole_row = splits.end_split - splits.first_split == 1
+    columns = (splits.row, splits.start, splits.stop, is_whole_row)
     return [entry for entry in zip(*map(np.ndarray.tolist, map(np.asarray, columns)), strict=True)
             if entry[0] >= 0]  # fmt: skip
 
@@ -59,9 +60,9 @@ def test_keys_before_the_window_are_left_out_by_whole_tiles() -> None:
 
 
 def test_merges_name_the_splits_of_rows_that_have_several() -> None:
-    splits = split([16, 256, 0])
-    assert splits.merged_row.tolist() == [1, -1, -1]
-    assert (int(splits.first_split[0]), int(splits.end_split[0])) == (1, 5)
+    merges = split_merges(split([16, 256, 0]), max_merges=3)
+    assert merges.row.tolist() == [1, -1, -1]
+    assert (int(merges.first_split[0]), int(merges.end_split[0])) == (1, 5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,10 +72,16 @@ def test_merges_name_the_splits_of_rows_that_have_several() -> None:
 )
 def test_splits_cover_every_visible_key_once(seq_lens: list[int], window: int | None) -> None:
     splits = split(seq_lens, window)
+    merged_rows = split_merges(splits, max_merges=NUM_EXTRA).row
     covered = [np.zeros(seq_len, int) for seq_len in seq_lens]
     for row, start, stop, is_whole_row in stretches(splits):
         covered[row][start:stop] += 1
-        assert is_whole_row == (row not in splits.merged_row)
+        assert is_whole_row == (row not in merged_rows)
+    rows = splits.row.tolist()
+    for row, first, end in zip(
+        rows, *map(np.ndarray.tolist, map(np.asarray, splits[3:])), strict=True
+    ):
+        assert rows[first:end] == ([row] * rows.count(row) if row >= 0 else [])
     for seq_len, count in zip(seq_lens, covered, strict=True):
         first = 0 if window is None else max(0, seq_len - window) // 16 * 16
         assert count[first:].tolist() == [1] * (seq_len - first)
