@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import time
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,7 +80,9 @@ class Engine:
             params = params.clone(seed=derive_seed(self._seed, request_id))
         request = Request(
             request_id=request_id,
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=array("i", prompt_token_ids)
+            if isinstance(prompt_token_ids, array)
+            else list(prompt_token_ids),
             sampling_params=params,
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.time() if arrival_time is None else arrival_time,

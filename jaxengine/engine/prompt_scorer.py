@@ -5,7 +5,7 @@ step has them, so chunked prefill needs no special case.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ def _bucket(wanted: list[int]) -> int:
     return next((size for size in LOGPROB_BUCKETS if size >= most), most)
 
 
-def _chunks(step: SchedulerOutput) -> Iterator[tuple[PromptChunk, list[int]]]:
+def _chunks(step: SchedulerOutput) -> Iterator[tuple[PromptChunk, Sequence[int]]]:
     """Each scored part of a prompt, and the tokens behind its tokens."""
     first = 0
     for row in step.rows:
