@@ -20,10 +20,15 @@ Inboxes exist twice, for calls of even and odd number. A GPU that finishes call 
 call c from every peer, which had finished c - 1 by then: so no call c + 1 writes where one c - 1
 still reads. That holds for calls that run one after the other, each with the result of the one
 before; see ``Peers``. A wait that lasts a minute ends the program with a CUDA error.
-Limits: 16-bit floats; for large arrays two GPUs; else NotImplementedError.
+
+The residual stream and its norm, which follow a sum in a model, can be had in the same kernel: for
+that a small array's program has a whole row, and a large one's tiles are whole rows.
+Limits: 16-bit floats; for large arrays two GPUs, with a norm also rows that divide a tile; else
+NotImplementedError.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,9 +39,12 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
+from pallas_kernels.residual_norm_triton import normalised
 
 PACKED = 4  # numbers of a thread in a small array: two packets of 8 bytes, half of it data
 VECTOR = 8  # numbers of one 16-byte store in a large one
+MAX_WARPS = 32  # of a program
+MAX_ROW = 8192  # numbers of a program that has a whole row: two packets a thread
 POLLS = 1 << 27  # about half a microsecond each
 
 
@@ -68,6 +76,39 @@ def all_reduce_triton(
         raise NotImplementedError(f"all-reduce in Triton: D is {x.shape[1]}, not n * {vector}")
     others = () if residual is None else (residual.astype(x.dtype),)
     return kernel(layout, x, *_where(peers), *others)
+
+
+def all_reduce_norm_triton(
+    parts: Float[Array, "S T D"],
+    peers: Peers,
+    residual: Float[Array, "T D"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """Return the sum over all GPUs with the residual added, as ``all_reduce``, and its norm.
+
+    Args:
+        parts: This GPU's; added up and rounded to the residual's dtype before they are sent.
+        peers: Where to write, and the number of the call.
+        residual: The same on all GPUs.
+        weight: Of the norm.
+        eps: Of the norm.
+
+    Raises:
+        NotImplementedError: For a dtype or a size not served.
+    """
+    layout, (num_rows, num_columns) = peers.layout, residual.shape
+    if residual.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"all-reduce in Triton: {residual.dtype}, not of 16 bits")
+    padded = max(PACKED * 32, pl.next_power_of_2(num_columns))
+    if num_rows * padded <= layout.small_elements and padded <= MAX_ROW:
+        return _add_rows(layout, eps, padded, parts, *_where(peers), residual, weight)
+    fits = residual.size <= layout.large_elements and LARGE_TILE % num_columns == 0
+    if not (fits and layout.num_gpus == 2 and parts.shape[0] == 1 and num_columns >= VECTOR):
+        raise NotImplementedError(f"all-reduce with norm: {parts.shape} numbers, {layout}")
+    x = parts[0].astype(residual.dtype)
+    return _add_large_rows(layout, eps, x, *_where(peers), residual, weight)
 
 
 def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]:
@@ -131,15 +172,41 @@ def _small_kernel(
     *rest: Any,
 ) -> None:
     *residual_ref, out_ref = rest
-    num_gpus = layout.num_gpus
     where = pl.program_id(0) * SMALL_TILE + jnp.arange(SMALL_TILE)
     is_real = where < x_ref.size
     x = plt.load(_at(x_ref, where), mask=is_real, other=0)
+    parts = _exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref)
+    if is_sum:
+        _store(out_ref, where, is_real, _sum(parts), *residual_ref)
+        return
+    for sender, part in enumerate(parts):
+        plt.store(_at(out_ref, where + sender * x_ref.size), part, mask=is_real)
+
+
+def _exchange(
+    layout: InboxLayout,
+    x: jax.Array,
+    where: jax.Array,
+    addresses_ref: Any,
+    origin_ref: Any,
+    calls_before_ref: Any,
+) -> list[jax.Array]:
+    """Send numbers to all GPUs in packets; return those of each.
+
+    Args:
+        layout: Of the inboxes.
+        x: The program's numbers.
+        where: Their places in the array.
+        addresses_ref: As all kernels have it, and the following.
+        origin_ref: Likewise.
+        calls_before_ref: Likewise.
+    """
+    num_gpus = layout.num_gpus
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
     first = (call & 1) * num_gpus * layout.packet_bytes + where * 4
 
     def everywhere(scalar: Any) -> jax.Array:
-        return jnp.broadcast_to(scalar, (SMALL_TILE,))
+        return jnp.broadcast_to(scalar, where.shape)
 
     own = [addresses_ref[rank, half] for half in (0, 1)]
     inboxes = [addresses_ref[gpu, half] for gpu in range(num_gpus) for half in (0, 1)]
@@ -154,14 +221,13 @@ def _small_kernel(
             args=[*before, *receive],
             constraints=_constraints(2, _num_registers([*before, *receive])),
             pack=PACKED,
-            result_shape_dtypes=[jax.ShapeDtypeStruct((SMALL_TILE,), x.dtype)],
+            result_shape_dtypes=[jax.ShapeDtypeStruct(where.shape, x.dtype)],
         )
-    if is_sum:
-        total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
-        _store(out_ref, where, is_real, total, *residual_ref)
-        return
-    for sender, part in enumerate(parts):
-        plt.store(_at(out_ref, where + sender * x_ref.size), part, mask=is_real)
+    return parts
+
+
+def _sum(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
 
 
 def _exchange_packets(num_gpus: int, sender: int, packet_bytes: int) -> str:
@@ -211,26 +277,95 @@ def _num_registers(args: list[jax.Array]) -> int:
     return sum(PACKED * arg.dtype.itemsize // 4 for arg in args)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _add_rows(
+    layout: InboxLayout, eps: float, padded: int, parts: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    num_rows = parts.shape[1]
+    like = jax.ShapeDtypeStruct(parts.shape[1:], others[3].dtype)
+    num_warps = min(MAX_WARPS, padded // PACKED // 32)
+    total, normed = pl.pallas_call(
+        functools.partial(_rows_kernel, layout, eps, padded),
+        grid=(num_rows,),
+        out_shape=(like, like),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
+        name="all_reduce_norm_small",
+    )(parts, *others)
+    return total, normed
+
+
+def _rows_kernel(
+    layout: InboxLayout,
+    eps: float,
+    padded: int,
+    parts_ref: Any,
+    addresses_ref: Any,
+    origin_ref: Any,
+    calls_before_ref: Any,
+    residual_ref: Any,
+    weight_ref: Any,
+    total_ref: Any,
+    normed_ref: Any,
+) -> None:
+    """As the small kernel, but a program has a whole row, so that it can normalise it."""
+    row, columns = pl.program_id(0), jnp.arange(padded)
+    num_columns = residual_ref.shape[1]
+    is_real = columns < num_columns
+
+    def load(place: Any) -> jax.Array:
+        return plt.load(place, mask=is_real, other=0)
+
+    x = _sum([load(parts_ref.at[part, row, columns]) for part in range(parts_ref.shape[0])])
+    residual, weight = load(residual_ref.at[row, columns]), load(weight_ref.at[columns])
+    where = row * padded + columns
+    x = x.astype(residual.dtype)
+    total = _sum(_exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref))
+    total = total.astype(residual.dtype) + residual
+    plt.store(total_ref.at[row, columns], total, mask=is_real)
+    normed = normalised(total, weight, eps, num_columns)
+    plt.store(normed_ref.at[row, columns], normed, mask=is_real)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _add_large(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
-    return pl.pallas_call(
-        functools.partial(_large_kernel, layout),
+    return _call_large(layout, None, x, *where)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _add_large_rows(
+    layout: InboxLayout, eps: float, x: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    total, normed = _call_large(layout, eps, x, *others)
+    return total, normed
+
+
+def _call_large(
+    layout: InboxLayout, eps: float | None, x: jax.Array, *others: jax.Array
+) -> Sequence[jax.Array]:
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    outputs: Sequence[jax.Array] = pl.pallas_call(
+        functools.partial(_large_kernel, layout, eps),
         grid=(layout.num_programs,),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_shape=(like,) if eps is None else (like, like),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        name="all_reduce_large",
-    )(x, *where)
+        name="all_reduce_large" if eps is None else "all_reduce_norm_large",
+    )(x, *others)
+    return outputs
 
 
 def _large_kernel(
     layout: InboxLayout,
+    eps: float | None,
     x_ref: Any,
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
     *rest: Any,
 ) -> None:
-    *residual_ref, out_ref = rest
+    if eps is None:
+        *residual_ref, out_ref = rest
+    else:
+        *residual_ref, weight_ref, out_ref, normed_ref = rest
     program, num_programs = pl.program_id(0), layout.num_programs
     size = x_ref.size
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
@@ -286,8 +421,13 @@ def _large_kernel(
             pack=VECTOR,
             result_shape_dtypes=[jax.ShapeDtypeStruct((LARGE_TILE,), x.dtype)],
         )
-        total = x.astype(jnp.float32) + theirs.astype(jnp.float32)
-        _store(out_ref, where, is_real, total, *residual_ref)
+        total = _store(out_ref, where, is_real, _sum([x, theirs]), *residual_ref)
+        if eps is not None:
+            num_columns = out_ref.shape[1]  # a tile is some whole rows
+            rows = jnp.reshape(total, (LARGE_TILE // num_columns, num_columns))
+            weight = plt.load(weight_ref.at[jnp.arange(num_columns)])
+            normed = jnp.reshape(normalised(rows, weight[None, :], eps, num_columns), total.shape)
+            plt.store(_at(normed_ref, where), normed, mask=is_real)
 
     def one(number: jax.Array, nothing: None) -> None:
         @pl.when(number >= DEPTH)
@@ -303,12 +443,13 @@ def _large_kernel(
 
 def _store(
     out_ref: Any, where: jax.Array, is_real: jax.Array, total: jax.Array, residual_ref: Any = None
-) -> None:
-    """Store a sum, rounded before a residual is added, as the reference does."""
+) -> jax.Array:
+    """Store and return a sum, rounded before a residual is added, as the reference does."""
     total = total.astype(out_ref.dtype)
     if residual_ref is not None:
         total += plt.load(_at(residual_ref, where), mask=is_real, other=0.0)
     plt.store(_at(out_ref, where), total, mask=is_real)
+    return total
 
 
 def _keep(value: jax.Array, out_ref: Any) -> None:

@@ -11,7 +11,11 @@ from pallas_kernels.gated_product_reference import ACTIVATIONS, gate, gated_prod
 
 __all__ = ["ACTIVATIONS", "gate", "gated_product"]
 
-MOSAIC = "pallas_kernels.gated_product_mosaic:gated_product_mosaic"
+FUNCTIONS = {
+    "triton": "pallas_kernels.few_rows_triton:gated_few_rows_triton",
+    "mosaic": "pallas_kernels.gated_product_mosaic:gated_product_mosaic",
+}
+TRITON_MAX_ROWS = 32  # of its kernel
 # Where Mosaic's kernel is faster, by measurement (an H100, D = 4096, F = 14336, benchmarks/LOG.md):
 # 256 rows 101 us where XLA's two take 112, 1024 rows 315 instead of 340, 16384 rows 5659 instead of
 # 5259. Sizes between the last two have not been measured.
@@ -33,30 +37,37 @@ def gated_product(
         x: Rows.
         weight: Gate and up, [out, in] each.
         activation: A key of ``ACTIVATIONS``.
-        implementation: "reference", "mosaic", or None for the fastest that serves the shape.
+        implementation: "reference", "triton" (few rows), "mosaic" (many), or None for the fastest
+            that serves the shape.
 
     Raises:
         ValueError: If shapes or dtypes disagree, or ``activation`` or ``implementation`` is
             unknown.
-        NotImplementedError: If "mosaic" was asked for and does not serve the shape.
+        NotImplementedError: If the named kernel does not serve the shape.
     """
     _check(x, weight, activation, implementation)
-    if implementation == "mosaic" or (implementation is None and _prefers_mosaic(x.shape[0])):
+    kernel = _preferred(x.shape[0]) if implementation is None else implementation
+    if kernel in FUNCTIONS:
         try:
-            return load_function(MOSAIC)(x, weight, activation=activation)
+            return load_function(FUNCTIONS[kernel])(x, weight, activation=activation)
         except NotImplementedError:
             if implementation is not None:
                 raise
     return gated_product_reference(x, weight, activation=activation)
 
 
-def _prefers_mosaic(num_rows: int) -> bool:
-    return num_rows in MOSAIC_ROWS and jax.default_backend() == "gpu" and is_hopper()
+def _preferred(num_rows: int) -> str:
+    if jax.default_backend() == "gpu" and num_rows <= TRITON_MAX_ROWS:
+        return "triton"
+    if num_rows in MOSAIC_ROWS and jax.default_backend() == "gpu" and is_hopper():
+        return "mosaic"
+    return "reference"
 
 
 def _check(x: jax.Array, weight: jax.Array, activation: str, implementation: str | None) -> None:
-    if implementation not in (None, "reference", "mosaic"):
-        raise ValueError(f"implementation {implementation!r} is not one of reference, mosaic")
+    if implementation not in (None, "reference", *FUNCTIONS):
+        known = ", ".join(("reference", *FUNCTIONS))
+        raise ValueError(f"implementation {implementation!r} is not one of {known}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {sorted(ACTIVATIONS)}")
     if weight.shape != (2, weight.shape[1], x.shape[1]):

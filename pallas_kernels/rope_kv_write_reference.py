@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.residual_norm_reference import rms_norm, sum_parts
+
 
 class HeadNorm(NamedTuple):
     """Root-mean-square norms over the head dimension (Qwen 3).
@@ -25,7 +27,7 @@ class HeadNorm(NamedTuple):
 
 
 def rope_kv_write_reference(
-    qkv: Float[Array, "T K G_plus_2 H"],
+    parts: Float[Array, "S T K G_plus_2 H"],
     cos: Float[Array, "T R"],
     sin: Float[Array, "T R"],
     slot_mapping: Int[Array, " T"],
@@ -33,22 +35,18 @@ def rope_kv_write_reference(
     v_cache: Float[Array, "num_blocks K block_size H"],
     *,
     norm: HeadNorm | None = None,
+    dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As ``rope_kv_write``."""
+    qkv = sum_parts(parts, dtype)
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     if norm is not None:
-        q = _rms_norm(q, norm.q_weight, norm.eps)
-        k = _rms_norm(k, norm.k_weight, norm.eps)
+        q = rms_norm(q, norm.q_weight, norm.eps)
+        k = rms_norm(k, norm.k_weight, norm.eps)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     k_cache = _write(k_cache, k, slot_mapping)
     v_cache = _write(v_cache, v, slot_mapping)
     return q.reshape(q.shape[0], -1, q.shape[-1]), k_cache, v_cache
-
-
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

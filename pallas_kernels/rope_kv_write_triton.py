@@ -28,7 +28,7 @@ class _Problem(NamedTuple):
 
 
 def rope_kv_write_triton(
-    qkv: Float[Array, "T K G_plus_2 H"],
+    parts: Float[Array, "S T K G_plus_2 H"],
     cos: Float[Array, "T R"],
     sin: Float[Array, "T R"],
     slot_mapping: Int[Array, " T"],
@@ -36,6 +36,7 @@ def rope_kv_write_triton(
     v_cache: Float[Array, "num_blocks K block_size H"],
     *,
     norm: HeadNorm | None = None,
+    dtype: jax.typing.DTypeLike,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As ``rope_kv_write``.
@@ -44,26 +45,26 @@ def rope_kv_write_triton(
         NotImplementedError: If the dtype is not of 16 bits, the cache's differs, or only a part
             of the head is rotated.
     """
-    head_dim = qkv.shape[3]
-    if qkv.dtype not in (jnp.bfloat16, jnp.float16) or k_cache.dtype != qkv.dtype:
-        raise NotImplementedError(f"dtypes {qkv.dtype} and {k_cache.dtype}: not one 16-bit type")
+    head_dim = parts.shape[4]
+    if dtype not in (jnp.bfloat16, jnp.float16) or k_cache.dtype != dtype:
+        raise NotImplementedError(f"dtypes {dtype} and {k_cache.dtype}: not one 16-bit type")
     if 2 * cos.shape[1] != head_dim:
         raise NotImplementedError(f"{2 * cos.shape[1]} of {head_dim} dimensions are rotated")
     problem = _Problem(
-        group=qkv.shape[2] - 2,
+        group=parts.shape[3] - 2,
         half=head_dim // 2,
         block_size=k_cache.shape[2],
         eps=None if norm is None else norm.eps,
     )
     weights = () if norm is None else (norm.q_weight, norm.k_weight)
-    return _launch(problem, interpret, qkv, cos, sin, slot_mapping, k_cache, v_cache, *weights)
+    return _launch(problem, interpret, parts, cos, sin, slot_mapping, k_cache, v_cache, *weights)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # jitted: lowered once for all layers
 def _launch(
     problem: _Problem,
     interpret: bool,
-    qkv: jax.Array,
+    parts: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
@@ -71,8 +72,8 @@ def _launch(
     v_cache: jax.Array,
     *weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    T, K, _, H = qkv.shape
-    queries = jax.ShapeDtypeStruct((T, K * problem.group, H), qkv.dtype)
+    _, T, K, _, H = parts.shape
+    queries = jax.ShapeDtypeStruct((T, K * problem.group, H), k_cache.dtype)
     caches = [jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)] * 2
     outputs = pl.pallas_call(
         functools.partial(_kernel, problem),
@@ -82,13 +83,13 @@ def _launch(
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="rope_kv_write",
-    )(qkv, cos, sin, slot_mapping, k_cache, v_cache, *weights)
+    )(parts, cos, sin, slot_mapping, k_cache, v_cache, *weights)
     return outputs[0], outputs[1], outputs[2]
 
 
 def _kernel(
     problem: _Problem,
-    qkv_ref: Any,
+    parts_ref: Any,
     cos_ref: Any,
     sin_ref: Any,
     slot_ref: Any,
@@ -106,13 +107,19 @@ def _kernel(
     cos = plt.load(cos_ref.at[token, columns], mask=is_real, other=0.0)
     sin = plt.load(sin_ref.at[token, columns], mask=is_real, other=0.0)
 
+    def load(row: Any, columns: jax.Array, mask: jax.Array) -> jax.Array:
+        parts = [
+            plt.load(parts_ref.at[part, token, head, row, columns], mask=mask, other=0.0)
+            for part in range(parts_ref.shape[0])
+        ]
+        total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
+        return total.astype(q_out_ref.dtype)
+
     def load_row(row: int, offset: int) -> jax.Array:
-        where = qkv_ref.at[token, head, row, columns + offset]
-        return plt.load(where, mask=is_real, other=0.0)
+        return load(row, columns + offset, is_real)
 
     def load_queries(offset: int) -> jax.Array:
-        where = qkv_ref.at[token, head, rows[:, None], (columns + offset)[None, :]]
-        return plt.load(where, mask=is_query, other=0.0)
+        return load(rows[:, None], (columns + offset)[None, :], is_query)
 
     def normalised(first: jax.Array, second: jax.Array, weight: int) -> tuple[jax.Array, jax.Array]:
         if problem.eps is None:

@@ -49,8 +49,8 @@ class Attention(nnx.Module):
     The fused weight is grouped by KV head, [K, G + 2, H, D] with the G query heads of the group,
     then its key and its value: cutting axis K gives every shard whole groups.
 
-    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D], and
-    adds a residual to it.
+    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D]: the
+    parts of it that are yet to be added up, over the shards too.
     """
 
     def __init__(self, spec: AttentionSpec, *, dtype: Any) -> None:
@@ -83,20 +83,19 @@ class Attention(nnx.Module):
         cos_sin: tuple[Float[Array, "T R"], Float[Array, "T R"]],
         k_cache: Float[Array, "num_blocks K block_size H"],
         v_cache: Float[Array, "num_blocks K block_size H"],
-        *,
-        residual: Float[Array, "outputs D"] | None = None,
     ) -> tuple[
-        Float[Array, "outputs D"],
+        Float[Array, "S outputs D"],
         Float[Array, "num_blocks K block_size H"],
         Float[Array, "num_blocks K block_size H"],
     ]:
         q, k_cache, v_cache = rope_kv_write(
-            self.qkv_proj(x),  # [T, K, G + 2, H]
+            self.qkv_proj.parts(x),  # [S, T, K, G + 2, H]
             *cos_sin,
             batch.slot_mapping,
             k_cache,
             v_cache,
             norm=self._head_norm(),
+            dtype=x.dtype,
         )
         if batch.last_tokens_only:
             # A row's last token sees all of its keys, as a decode row does.
@@ -115,8 +114,7 @@ class Attention(nnx.Module):
             decode_only=batch.decode_only or batch.last_tokens_only,
             implementation=self.spec.implementation,
         )
-        output = self.o_proj(attended, residual=residual, peers=batch.peers)
-        return output, k_cache, v_cache
+        return self.o_proj.parts(attended), k_cache, v_cache
 
     def _head_norm(self) -> HeadNorm | None:
         if self.q_norm is None or self.k_norm is None:

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from jaxengine.sharding import TENSOR_AXIS
 from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.peers import Peers
+from pallas_kernels.residual_norm import residual_sum
+from pallas_kernels.split_product import split_product
 
 
 def parameter(
@@ -41,7 +43,7 @@ class Linear(nnx.Module):
         out_shape: Shape of an output row.
         in_shape: Shape of an input row.
         spec: Sharding of the weight. A sharded input dimension makes the layer row-parallel: the
-            shards' partial sums are added, the bias once.
+            shards' products are yet to be added up.
         use_bias: Whether there is a bias of ``out_shape``.
         input_major: Hold the weight as [*in_shape, *out_shape]: XLA's products on a CPU read it
             up to 1.3 times as fast so, from 4 rows on.
@@ -59,6 +61,7 @@ class Linear(nnx.Module):
     ) -> None:
         out_spec, in_spec = spec[: len(out_shape)], spec[len(out_shape) :]
         self.num_out_axes = len(out_shape)
+        self.num_last_axes = len(out_shape if input_major else in_shape)
         self.is_row_parallel = any(axis is not None for axis in in_spec)
         self.input_major = input_major
         if input_major:
@@ -69,39 +72,60 @@ class Linear(nnx.Module):
             self.weight = parameter((*out_shape, *in_shape), dtype, spec)
         self.bias = parameter(out_shape, dtype, P(*out_spec)) if use_bias else None
 
-    def __call__(
-        self,
-        x: Float[Array, "T *in"],
-        *,
-        residual: Float[Array, "T *out"] | None = None,
-        peers: Peers | None = None,
-    ) -> Float[Array, "T *out"]:
-        """Multiply rows.
+    def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+        """Multiply rows, in a layer whose shards have nothing to add up."""
+        assert not self.is_row_parallel, "a row-parallel layer has parts"
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias[...]
+
+    def parts(self, x: Float[Array, "T *in"]) -> Float[Array, "S T *out"]:
+        """Multiply rows; return parts that are yet to be added up, over the shards too.
+
+        A row-parallel layer's bias is in the first shard's.
 
         Args:
             x: Rows.
-            residual: Added to the result.
-            peers: How a row-parallel layer's shards add up; None for XLA's way.
         """
-        weight, rows = self.weight[...], x.reshape(x.shape[0], -1)
-        if self.input_major:
-            out_shape = weight.shape[-self.num_out_axes :]
-            y = rows @ weight.reshape(-1, math.prod(out_shape))
-        else:
-            out_shape = weight.shape[: self.num_out_axes]
-            y = project(rows, weight.reshape(math.prod(out_shape), -1))
-        if self.is_row_parallel:
-            residual_rows = None if residual is None else residual.reshape(y.shape)
-            y = all_reduce(y, peers, axis_name=TENSOR_AXIS, residual=residual_rows)
-        y = y.reshape(x.shape[0], *out_shape)
+        if self.bias is None and not self.input_major:
+            parts = split_product(x.reshape(x.shape[0], -1), self.matrix)
+            return parts.reshape(*parts.shape[:2], *self.weight.shape[: self.num_out_axes])
+        y = self._product(x)
         if self.bias is not None:
-            y += self.bias[...]
-        return y if residual is None or self.is_row_parallel else residual + y
+            bias = self.bias[...]
+            if self.is_row_parallel:
+                bias = jnp.where(jax.lax.axis_index(TENSOR_AXIS) == 0, bias, 0)
+            y += bias
+        return y[None]
+
+    @property
+    def matrix(self) -> Array:
+        """The weight as [out, in], or [in, out] if it is input-major."""
+        num_rows = math.prod(self.weight.shape[: len(self.weight.shape) - self.num_last_axes])
+        return self.weight[...].reshape(num_rows, -1)
+
+    def _product(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+        shape, rows = self.weight.shape, x.reshape(x.shape[0], -1)
+        if self.input_major:
+            return (rows @ self.matrix).reshape(x.shape[0], *shape[-self.num_out_axes :])
+        return project(rows, self.matrix).reshape(x.shape[0], *shape[: self.num_out_axes])
 
 
 def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
     """``x W^T``, accumulated in float32 by the matrix unit, returned in x's dtype."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+
+
+def add_parts(
+    residual: Float[Array, "T D"], parts: Float[Array, "S T D"], peers: Peers | None
+) -> Float[Array, "T D"]:
+    """Add a product, over all shards, to the residual stream, where no norm follows.
+
+    Args:
+        residual: The stream.
+        parts: From ``Linear.parts``.
+        peers: How the shards add up; None for XLA's way.
+    """
+    return residual_sum(parts, residual, peers=peers, axis_name=TENSOR_AXIS)
 
 
 class Embedding(nnx.Module):

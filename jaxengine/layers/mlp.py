@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 from jaxengine.layers.linear import Linear
 from jaxengine.sharding import TENSOR_AXIS
 from pallas_kernels.gated_product import ACTIVATIONS, gate, gated_product
-from pallas_kernels.peers import Peers
 
 
 class GatedMLP(nnx.Module):
@@ -51,24 +50,16 @@ class GatedMLP(nnx.Module):
             input_major=input_major,
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        *,
-        residual: Float[Array, "T D"] | None = None,
-        peers: Peers | None = None,
-        implementation: str | None = None,
-    ) -> Float[Array, "T D"]:
-        """Serve some rows.
+    def parts(
+        self, x: Float[Array, "T D"], *, implementation: str | None = None
+    ) -> Float[Array, "S T D"]:
+        """Serve some rows; return parts that are yet to be added up, over the shards too.
 
         Args:
             x: Rows.
-            residual: Added to the result.
-            peers: How the shards add up; None for XLA's way.
             implementation: Of ``gated_product``.
         """
-        gated = self._gated(x, implementation)
-        return self.down_proj(gated, residual=residual, peers=peers)
+        return self.down_proj.parts(self._gated(x, implementation))
 
     def _gated(self, x: Float[Array, "T D"], implementation: str | None) -> Float[Array, "T F"]:
         projection = self.gate_up_proj

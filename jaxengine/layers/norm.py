@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxengine.layers.linear import parameter
+from jaxengine.sharding import TENSOR_AXIS
+from pallas_kernels.peers import Peers
+from pallas_kernels.residual_norm import residual_norm, rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +23,21 @@ class RMSNorm(nnx.Module):
         self.weight = parameter((size,), dtype, P(None), init="ones")
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.eps)
+
+    def after_sum(
+        self,
+        parts: Float[Array, "S T D"],
+        residual: Float[Array, "T D"],
+        peers: Peers | None = None,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """Add a product to the residual stream first; return the stream, and its norm.
+
+        Args:
+            parts: Of the product, over all shards (``Linear.parts``).
+            residual: The stream.
+            peers: How the shards add up; None for XLA's way.
+        """
+        return residual_norm(
+            parts, residual, self.weight[...], eps=self.eps, peers=peers, axis_name=TENSOR_AXIS
+        )

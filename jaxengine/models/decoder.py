@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxengine.batch import InputBatch
 from jaxengine.config import ModelConfig
 from jaxengine.layers.attention import Attention, AttentionSpec
-from jaxengine.layers.linear import Embedding
+from jaxengine.layers.linear import Embedding, add_parts
 from jaxengine.layers.mlp import GatedMLP
 from jaxengine.layers.norm import RMSNorm
 from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
@@ -54,6 +54,10 @@ class ModelOptions:
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
+    A product's sum, over its splits and over the shards, is left to the norm that follows
+    (``residual_norm``). For the feed-forward layer's that is the next layer's, so that whoever
+    calls the layers applies their input norms.
+
     It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D].
     """
 
@@ -87,20 +91,34 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: Any, caches: tuple[Array, Array]
-    ) -> tuple[Float[Array, "outputs D"], tuple[Array, Array]]:
-        residual = x[batch.logits_indices] if batch.last_tokens_only else x
-        x, *new_caches = self.attention(
-            self.input_norm(x), batch, cos_sin, *caches, residual=residual
-        )
+        self,
+        x: Float[Array, "T D"],
+        normed: Float[Array, "T D"],
+        batch: InputBatch,
+        cos_sin: Any,
+        caches: tuple[Array, Array],
+    ) -> tuple[Float[Array, "outputs D"], Float[Array, "S outputs D"], tuple[Array, Array]]:
+        """Run the layer.
+
+        Args:
+            x: The residual stream.
+            normed: Its input norm.
+            batch: The step, with the number of the layer's first sum.
+            cos_sin: Of the tokens' angles.
+            caches: The layer's keys and values.
+
+        Returns:
+            The residual stream, parts of a product that are yet to be added to it, and the caches.
+        """
+        attended, *new_caches = self.attention(normed, batch, cos_sin, *caches)
+        if batch.last_tokens_only:
+            x = x[batch.logits_indices]
+        x, normed = self.post_attention_norm.after_sum(attended, x, batch.peers)
         # A faster kernel would spare the one layer of its kind nothing, and the start would have to
         # trace and compile it for every size.
         implementation = "reference" if batch.last_tokens_only else None
-        peers = batch.after_sums(1).peers  # attention's was the first
-        x = self.mlp(
-            self.post_attention_norm(x), residual=x, peers=peers, implementation=implementation
-        )
-        return x, (new_caches[0], new_caches[1])
+        parts = self.mlp.parts(normed, implementation=implementation)
+        return x, parts, (new_caches[0], new_caches[1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,14 +190,22 @@ class Decoder(nnx.Module):
             config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len
         )
         cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
-        new_caches: LayerCaches = []
         all_tokens = dataclasses.replace(batch, last_tokens_only=False)
-        for number, cache in zip(self.layer_numbers, caches, strict=True):
-            layer = self.layers[str(number)]  # the dict's own order is alphabetic: 0, 1, 10, 2
+        layers = [self.layers[str(number)] for number in self.layer_numbers]
+        normed = layers[0].input_norm(x)
+        new_caches: LayerCaches = []
+        for index, (number, cache) in enumerate(zip(self.layer_numbers, caches, strict=True)):
             wanted = batch if number == config.num_layers - 1 else all_tokens
-            wanted = wanted.after_sums(SUMS_OF_LAYER * len(new_caches))
-            x, cache = _run_layer(*nnx.split(layer), x, wanted, cos_sin, cache)
+            wanted = wanted.after_sums(SUMS_OF_LAYER * index)
+            x, parts, cache = _run_layer(
+                *nnx.split(layers[index]), x, normed, wanted, cos_sin, cache
+            )
             new_caches.append(cache)
+            peers = batch.after_sums(SUMS_OF_LAYER * index + 1).peers  # attention's was the first
+            if index + 1 < len(layers):
+                x, normed = layers[index + 1].input_norm.after_sum(parts, x, peers)
+            else:
+                x = add_parts(x, parts, peers)
         return x, new_caches
 
     def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B local_V"]:

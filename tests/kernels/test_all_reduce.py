@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.all_reduce import all_gather, all_reduce
 from pallas_kernels.all_reduce_triton import all_reduce_triton
 from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
+from pallas_kernels.residual_norm import residual_norm
 
 AXIS = "tp"
+EPS = 1e-5
 SMALL = InboxLayout(num_gpus=2, small_elements=1 << 16, large_elements=0)
 BOTH = InboxLayout(num_gpus=2, small_elements=1 << 12, large_elements=1 << 25)
 
@@ -69,7 +71,9 @@ def test_an_unknown_implementation_and_missing_peers_are_named() -> None:
         all_reduce(x, None, axis_name=AXIS, implementation="triton")
 
 
-def lower_for_cuda(num_gpus: int, shape: tuple[int, int], layout: InboxLayout) -> str:
+def lower_for_cuda(
+    num_gpus: int, shape: tuple[int, int], layout: InboxLayout, num_parts: int = 0
+) -> str:
     mesh = jax.sharding.AbstractMesh(
         (num_gpus,),
         (AXIS,),
@@ -79,7 +83,14 @@ def lower_for_cuda(num_gpus: int, shape: tuple[int, int], layout: InboxLayout) -
     )
 
     def add(x: jax.Array, addresses: jax.Array, origin: jax.Array) -> jax.Array:
-        return all_reduce(x, Peers(addresses, origin, np.int32(0), layout), axis_name=AXIS)
+        peers = Peers(addresses, origin, np.int32(0), layout)
+        if num_parts == 0:
+            return all_reduce(x, peers, axis_name=AXIS)
+        parts = jnp.stack([x] * num_parts)
+        if num_parts > 1:
+            parts = parts.astype(jnp.float32)
+        norm = residual_norm(parts, x, x[0], eps=EPS, peers=peers, axis_name=AXIS)
+        return norm[0] + norm[1]
 
     specs = (P(AXIS), P(), P())
     shapes = ((num_gpus * shape[0], shape[1]), (num_gpus, 2), (2,))
@@ -99,12 +110,12 @@ def lower_for_cuda(num_gpus: int, shape: tuple[int, int], layout: InboxLayout) -
     [
         (2, (8, 4096), "all_reduce_small"),
         (2, (3, 576), "all_reduce_small"),
-        (2, (128, 4096), "all_reduce_small"),
-        (2, (129, 4096), "all_reduce_large"),
+        (2, (256, 4096), "all_reduce_small"),
+        (2, (257, 4096), "all_reduce_large"),
         (2, (16384, 4096), "all_reduce_large"),
-        (4, (64, 4096), "all_reduce_small"),
-        (4, (65, 4096), None),
-        (8, (32, 4096), "all_reduce_small"),
+        (4, (128, 4096), "all_reduce_small"),
+        (4, (129, 4096), None),
+        (8, (64, 4096), "all_reduce_small"),
         (8, (16384, 8192), None),
     ],
 )
@@ -115,6 +126,29 @@ def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
     names = {name for name in ("all_reduce_small", "all_reduce_large") if name in text}
     assert names == ({kernel} if kernel else set())
     assert ("stablehlo.all_reduce" in text) == (kernel is None)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "shape", "num_parts", "kernels"),
+    [
+        (2, (8, 4096), 2, {"norm_small"}),
+        (2, (3, 576), 1, {"norm_small"}),
+        (2, (256, 4096), 1, {"norm_small"}),
+        (2, (257, 4096), 1, {"norm_large"}),
+        (2, (16384, 2048), 1, {"norm_large"}),
+        (2, (512, 5120), 1, {"large"}),  # rows that do not divide a tile: XLA normalises
+        (8, (64, 4096), 2, {"norm_small"}),
+        (8, (65, 4096), 1, set()),
+        (8, (16, 16384), 1, {"small"}),  # no program takes so long a row
+    ],
+)
+def test_every_size_with_a_norm_lowers_for_cuda(
+    num_gpus: int, shape: tuple[int, int], num_parts: int, kernels: set[str]
+) -> None:
+    text = lower_for_cuda(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]), num_parts)
+    every_kernel = ("small", "large", "norm_small", "norm_large")
+    assert {name for name in every_kernel if f'"all_reduce_{name}' in text} == kernels
+    assert ("stablehlo.all_reduce" in text) == (not kernels)
 
 
 @dataclasses.dataclass
@@ -236,6 +270,67 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
             for gpu in range(2):
                 rows = slice(gpu * shape[0], (gpu + 1) * shape[0])
                 np.testing.assert_array_equal(found[number, rows], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 64), (2, 3, 576), (2, 8, 4096), (1, 256, 4096), (1, 257, 4096), (1, 1001, 1024),
+     (1, 4096, 2048), (2, 32, 8192)],
+    ids=str,
+)  # fmt: skip
+def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
+    gpus: Mesh, shape: tuple[int, int, int], dtype: str
+) -> None:
+    from jaxengine.engine.peer_memory import PeerMemory
+
+    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[2]))
+    memory.allocate()
+    num_layers = 4
+
+    def stream(implementation: str | None) -> Any:
+        def run(
+            parts: jax.Array, residual: jax.Array, addresses: jax.Array, first: jax.Array
+        ) -> jax.Array:
+            origin = jnp.stack([jax.lax.axis_index(AXIS), first])
+            peers = Peers(addresses, origin, np.int32(0), memory.layout)
+            norms: list[jax.Array] = []
+            for layer in range(num_layers):
+                # What a layer does to the norm, in little.
+                more = parts if not norms else parts + norms[-1][None].astype(parts.dtype) / 8
+                residual, normed = residual_norm(
+                    more,
+                    residual,
+                    residual[0],
+                    eps=EPS,
+                    peers=peers.after(layer),
+                    axis_name=AXIS,
+                    implementation=implementation,
+                )
+                norms.append(normed)
+            return jnp.stack([*norms, residual])
+
+        specs = (P(None, AXIS), P(), P(), P())
+        return jax.jit(
+            jax.shard_map(run, mesh=gpus, in_specs=specs, out_specs=P(None, AXIS), check_vma=False)
+        )
+
+    ours, reference = stream("triton"), stream("reference")
+    rng = np.random.default_rng(0)
+    parts_dtype = dtype if shape[0] == 1 else "float32"
+    parts_shape = (shape[0], 2 * shape[1], shape[2])
+    for step in range(6):
+        parts = jnp.asarray(rng.standard_normal(parts_shape), parts_dtype)
+        parts = jax.device_put(parts, NamedSharding(gpus, P(None, AXIS)))
+        residual = jnp.asarray(rng.standard_normal(shape[1:]), dtype)
+        rest = (jax.device_put(residual, NamedSharding(gpus, P())), memory.addresses)
+        first = np.int32(1 + step * num_layers)
+        found = np.asarray(ours(parts, *rest, first)).astype(np.float32)
+        expected = np.asarray(reference(parts, *rest, first)).astype(np.float32)
+        np.testing.assert_array_equal(found[:, : shape[1]], found[:, shape[1] :])
+        tolerance = 16 * float(jnp.finfo(dtype).eps)  # of four layers
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -137,10 +137,15 @@ def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
 @pytest.mark.parametrize(
     ("shape", "num_gpus", "kinds"),
     [
-        (StepShape(8, 8, decode_only=True), 2, {"small"}),
-        (StepShape(256, 256, decode_only=True), 2, {"large"}),
-        (StepShape(4096, 256, decode_only=False), 2, {"large"}),
-        (StepShape(8, 8, decode_only=True), 8, {"small"}),
+        (StepShape(8, 8, decode_only=True), 2, {"small", "norm_small"}),
+        (StepShape(256, 256, decode_only=True), 2, {"small", "norm_small"}),
+        (StepShape(512, 512, decode_only=True), 2, {"large", "norm_large"}),
+        (
+            StepShape(4096, 256, decode_only=False),
+            2,
+            {"small", "norm_small", "large", "norm_large"},
+        ),
+        (StepShape(8, 8, decode_only=True), 8, {"small", "norm_small"}),
     ],
     ids=str,
 )
@@ -150,10 +155,13 @@ def test_gpus_add_up_in_kernels_of_ours_and_xla_has_no_collective_left(
     text = lower_step_for_cuda("llama-8b", "triton", shape, num_gpus)
     for collective in ("all_reduce", "all_gather", "reduce_scatter", "collective_permute"):
         assert f"stablehlo.{collective}" not in text
-    # Two sums a layer, in a function that all layers of a kind call, and one for the embedding.
-    assert {kind for kind in ("small", "large") if f'"all_reduce_{kind}' in text} == kinds
+    every_kind = ("small", "large", "norm_small", "norm_large")
+    assert {kind for kind in every_kind if f'"all_reduce_{kind}' in text} == kinds
+    # For the embedding, behind attention (in a function that all layers of a kind call), behind the
+    # three feed-forward layers: the last sum has no norm in it.
     num_kinds_of_layers = len(re.findall(r"func.func private @_run_layer\w*\(", text))
-    assert len(re.findall(r"call @_add_(?:small|large)\w*\(", text)) == 1 + 2 * num_kinds_of_layers
+    num_sums = len(re.findall(r"call @_add_(?:small|large|rows|large_rows)(?:_\d+)?\(", text))
+    assert num_sums == 1 + num_kinds_of_layers + 3
     assert "all_gather_small" in text  # the most likely tokens
 
 
