@@ -319,6 +319,7 @@ def _rows_kernel(
     residual, weight = load(residual_ref.at[row, columns]), load(weight_ref.at[columns])
     where = row * padded + columns
     x = x.astype(residual.dtype)
+    # What pads a row is zero everywhere, so that the norm does not see it.
     total = _sum(_exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref))
     total = total.astype(residual.dtype) + residual
     plt.store(total_ref.at[row, columns], total, mask=is_real)

@@ -184,7 +184,8 @@ class Decoder(nnx.Module):
         if x is None:
             assert self.embed_tokens is not None, "only the first stage starts from tokens"
             x = self.embed_tokens(batch.token_ids, batch.peers)
-            batch = batch.after_sums(1)
+        if self.layer_numbers.start == 0:
+            batch = batch.after_sums(1)  # the embedding's, also where a subclass has looked it up
         config = self.config
         frequencies, factor = rope_frequencies(
             config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len

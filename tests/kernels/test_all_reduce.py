@@ -1,6 +1,7 @@
 """The sum over GPUs that write to each other: its memory, its protocol, and on two GPUs itself."""
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels.peers as peers_module
+from pallas_kernels import all_reduce_triton
 from pallas_kernels.all_reduce import all_gather, all_reduce
-from pallas_kernels.all_reduce_triton import all_reduce_triton
+from pallas_kernels.all_reduce_triton import all_reduce_norm_triton
 from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
-from pallas_kernels.residual_norm import residual_norm
+from pallas_kernels.residual_norm import residual_norm, rms_norm
 
 AXIS = "tp"
 EPS = 1e-5
@@ -60,7 +63,7 @@ def test_what_the_kernels_do_not_serve_is_refused(
 ) -> None:
     x = jax.ShapeDtypeStruct(shape, dtype)
     with pytest.raises(NotImplementedError, match=reason):
-        jax.eval_shape(lambda x: all_reduce_triton(x, peers_of(layout)), x)
+        jax.eval_shape(lambda x: all_reduce_triton.all_reduce_triton(x, peers_of(layout)), x)
 
 
 def test_an_unknown_implementation_and_missing_peers_are_named() -> None:
@@ -149,6 +152,52 @@ def test_every_size_with_a_norm_lowers_for_cuda(
     every_kernel = ("small", "large", "norm_small", "norm_large")
     assert {name for name in every_kernel if f'"all_reduce_{name}' in text} == kernels
     assert ("stablehlo.all_reduce" in text) == (not kernels)
+
+
+@pytest.fixture
+def peer_of_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels in Pallas' interpreter, on few programs, where all that ever arrives are ones."""
+
+    def ones_or_zeros(asm: str, *, result_shape_dtypes: Any, **_: Any) -> list[jax.Array]:
+        is_data = "st.volatile" in asm or "ld.volatile" in asm or asm == all_reduce_triton._RECEIVE
+        return [jnp.full(r.shape, int(is_data), r.dtype) for r in result_shape_dtypes]
+
+    monkeypatch.setattr(all_reduce_triton.plt, "elementwise_inline_asm", ones_or_zeros)
+    monkeypatch.setattr(peers_module, "num_sms", lambda: 2)
+    call = functools.partial(all_reduce_triton.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(all_reduce_triton.pl, "pallas_call", call)
+    jax.clear_caches()  # both before and behind: what is traced here is of no use elsewhere
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("peer_of_ones")
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 3, 512), SMALL),
+        ((1, 5, 128), SMALL),
+        ((1, 30, 1024), InboxLayout(2, 1 << 12, 1 << 20)),  # four tiles of eight rows, not all full
+        ((1, 41, 2048), InboxLayout(2, 1 << 12, 1 << 20)),
+    ],
+    ids=str,
+)
+def test_what_a_sum_does_to_the_residual_stream_and_its_norm(
+    shape: tuple[int, int, int], layout: InboxLayout
+) -> None:
+    rng = np.random.default_rng(0)
+    num_parts, _, num_columns = shape
+    parts = jnp.asarray(rng.standard_normal(shape), "bfloat16" if num_parts == 1 else "float32")
+    residual = jnp.asarray(rng.standard_normal(shape[1:]), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal(num_columns), jnp.bfloat16)
+    total, normed = all_reduce_norm_triton(parts, peers_of(layout), residual, weight, eps=EPS)
+    # Of the packets' kernel all parts come from outside, of the tiles' one the peer's alone.
+    is_small = layout is SMALL
+    both = jnp.full(shape[1:], 2.0, jnp.bfloat16) if is_small else parts[0] + 1
+    np.testing.assert_array_equal(total, both + residual)
+    expected = np.asarray(rms_norm(total, weight, EPS), np.float32)
+    tolerance = 2 * float(jnp.finfo(jnp.bfloat16).eps)
+    np.testing.assert_allclose(np.asarray(normed, np.float32), expected, rtol=tolerance)
 
 
 @dataclasses.dataclass
