@@ -101,12 +101,14 @@ def all_reduce_norm_triton(
     layout, (num_rows, num_columns) = peers.layout, residual.shape
     if residual.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"all-reduce in Triton: {residual.dtype}, not of 16 bits")
+    if num_columns % PACKED:  # a thread's numbers lie in one row, side by side
+        raise NotImplementedError(f"all-reduce in Triton: D is {num_columns}, not n * {PACKED}")
     padded = max(PACKED * 32, pl.next_power_of_2(num_columns))
     if num_rows * padded <= layout.small_elements and padded <= MAX_ROW:
         return _add_rows(layout, eps, padded, parts, *_where(peers), residual, weight)
     fits = residual.size <= layout.large_elements and LARGE_TILE % num_columns == 0
     if not (fits and layout.num_gpus == 2 and parts.shape[0] == 1 and num_columns >= VECTOR):
-        raise NotImplementedError(f"all-reduce with norm: {parts.shape} numbers, {layout}")
+        raise NotImplementedError(f"all-reduce in Triton, with norm: {parts.shape}, {layout}")
     x = parts[0].astype(residual.dtype)
     return _add_large_rows(layout, eps, x, *_where(peers), residual, weight)
 

@@ -16,7 +16,7 @@ PARITIES = 2  # inboxes of even and of odd calls
 SMALL_TILE = 512  # numbers of a program that sends packets
 # A GPU sends an array in packets to each of the others, twice its bytes. Two H100: 128 rows of 4096
 # take 9.0 us so, and 13.1 in tiles; 256 rows 15.6 and 13.7. XLA needs 17.7 us for 8 rows.
-SMALL_ELEMENTS_OF_ALL = 1 << 21
+SMALL_ELEMENTS_OF_ALL = 1 << 20
 LARGE_TILE = 8192  # numbers of a program's step that sends tiles
 PROGRAMS_PER_SM = 2
 DEPTH = 2  # tiles that a program sends before it takes one in

@@ -66,6 +66,28 @@ def test_what_the_kernels_do_not_serve_is_refused(
         jax.eval_shape(lambda x: all_reduce_triton.all_reduce_triton(x, peers_of(layout)), x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "reason"),
+    [
+        ((1, 8, 64), "float32", SMALL, "not of 16 bits"),
+        ((1, 3, 30), "bfloat16", SMALL, r"D is 30, not n \* 4"),
+        ((1, 2048, 64), "bfloat16", SMALL, r"\(1, 2048, 64\)"),
+        ((1, 256, 576), "bfloat16", BOTH, r"\(1, 256, 576\)"),  # no whole rows in a tile
+        ((2, 256, 1024), "bfloat16", BOTH, r"\(2, 256, 1024\)"),  # tiles are of one part
+    ],
+)
+def test_norms_that_the_kernels_do_not_serve_are_refused(
+    shape: tuple[int, int, int], dtype: str, layout: InboxLayout, reason: str
+) -> None:
+    arrays = [jax.ShapeDtypeStruct(shape[i:], dtype) for i in range(3)]
+
+    def run(parts: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
+        return all_reduce_norm_triton(parts, peers_of(layout), residual, weight, eps=EPS)
+
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(run, *arrays)
+
+
 def test_an_unknown_implementation_and_missing_peers_are_named() -> None:
     x = jnp.zeros((2, 4))
     with pytest.raises(ValueError, match="'nccl' is not one of reference, triton"):
@@ -113,12 +135,12 @@ def lower_for_cuda(
     [
         (2, (8, 4096), "all_reduce_small"),
         (2, (3, 576), "all_reduce_small"),
-        (2, (256, 4096), "all_reduce_small"),
-        (2, (257, 4096), "all_reduce_large"),
+        (2, (128, 4096), "all_reduce_small"),
+        (2, (129, 4096), "all_reduce_large"),
         (2, (16384, 4096), "all_reduce_large"),
-        (4, (128, 4096), "all_reduce_small"),
-        (4, (129, 4096), None),
-        (8, (64, 4096), "all_reduce_small"),
+        (4, (64, 4096), "all_reduce_small"),
+        (4, (65, 4096), None),
+        (8, (32, 4096), "all_reduce_small"),
         (8, (16384, 8192), None),
     ],
 )
@@ -136,13 +158,13 @@ def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
     [
         (2, (8, 4096), 2, {"norm_small"}),
         (2, (3, 576), 1, {"norm_small"}),
-        (2, (256, 4096), 1, {"norm_small"}),
-        (2, (257, 4096), 1, {"norm_large"}),
+        (2, (128, 4096), 1, {"norm_small"}),
+        (2, (129, 4096), 1, {"norm_large"}),
         (2, (16384, 2048), 1, {"norm_large"}),
         (2, (512, 5120), 1, {"large"}),  # rows that do not divide a tile: XLA normalises
-        (8, (64, 4096), 2, {"norm_small"}),
-        (8, (65, 4096), 1, set()),
-        (8, (16, 16384), 1, {"small"}),  # no program takes so long a row
+        (8, (32, 4096), 2, {"norm_small"}),
+        (8, (33, 4096), 1, set()),
+        (8, (8, 16384), 1, {"small"}),  # no program takes so long a row
     ],
 )
 def test_every_size_with_a_norm_lowers_for_cuda(
@@ -325,7 +347,7 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 64), (2, 3, 576), (2, 8, 4096), (1, 256, 4096), (1, 257, 4096), (1, 1001, 1024),
+    [(1, 1, 64), (2, 3, 576), (2, 8, 4096), (1, 128, 4096), (1, 129, 4096), (1, 1001, 1024),
      (1, 4096, 2048), (2, 32, 8192)],
     ids=str,
 )  # fmt: skip

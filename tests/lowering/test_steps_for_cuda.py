@@ -138,13 +138,8 @@ def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
     ("shape", "num_gpus", "kinds"),
     [
         (StepShape(8, 8, decode_only=True), 2, {"small", "norm_small"}),
-        (StepShape(256, 256, decode_only=True), 2, {"small", "norm_small"}),
-        (StepShape(512, 512, decode_only=True), 2, {"large", "norm_large"}),
-        (
-            StepShape(4096, 256, decode_only=False),
-            2,
-            {"small", "norm_small", "large", "norm_large"},
-        ),
+        (StepShape(256, 256, decode_only=True), 2, {"large", "norm_large"}),
+        (StepShape(4096, 256, decode_only=False), 2, {"large", "norm_large"}),
         (StepShape(8, 8, decode_only=True), 8, {"small", "norm_small"}),
     ],
     ids=str,
