@@ -3,7 +3,9 @@
     python -m benchmarks.products --model benchmarks/models/llama-3.1-8b
     python -m benchmarks.products --tiny    # seconds on a CPU, to try the script
 
-Each shape is timed with XLA's own choice of kernel ("XLA") and with cuBLASLt only. Weights and rows
+Each shape is timed with XLA's own choice of kernel ("XLA"), with cuBLASLt only, and for few rows
+with our kernels ("ours"), which leave sums of splits to the next kernel and, behind gate and up,
+have the activation in them; the output projection is XLA's there too. Weights and rows
 are random, as tensor cores run faster on constant numbers, and every product of a run has a weight
 of its own, so that the L2 cache does not answer for the memory. The floor of a product is the
 larger of its bytes at the read rate and its arithmetic at the product rate. Prints a table, for
@@ -11,7 +13,8 @@ each number of rows the sum over a step, and last one JSON line.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,19 @@ from tqdm import tqdm
 from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
 from benchmarks.records import ROOT, Record, publish, read_model, run_record
 from jaxengine.config import ModelConfig
+from pallas_kernels.few_rows_triton import MAX_ROWS
+from pallas_kernels.gated_product import gated_product
+from pallas_kernels.split_product import split_product
 
-ROWS = (8, 64, 128, 256, 512, 1024, 16384)
+ROWS = (8, 32, 64, 128, 256, 512, 1024, 16384)
 MIN_WEIGHT_BYTES = 512 << 20  # of the weights of one run; an H200's L2 cache holds 60 MB
 MAX_PRODUCTS = 32
 VARIANTS: dict[str, dict[str, bool]] = {
     "XLA": {},
     "cuBLASLt": {"xla_gpu_enable_triton_gemm": False},
+    "ours": {},
 }
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # of rows [T, in] and a weight [out, in]
 
 
 def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -45,11 +53,30 @@ def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def xlas_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
+
+
+def our_product(name: str, num_rows: int) -> Product | None:
+    """The kernel that a GPU's step has for a product of a layer; None if it takes XLA's."""
+    if jax.default_backend() != "gpu" or num_rows > MAX_ROWS or name == "logits":
+        return None
+    if name != "gate_up":
+        return functools.partial(split_product, implementation="triton")
+
+    def gate_up(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        halves = weight.reshape(2, -1, weight.shape[1])
+        return gated_product(rows, halves, activation="silu", implementation="triton")
+
+    return gate_up
+
+
 def time_product(
     num_rows: int,
     shape: tuple[int, int],
     options: dict[str, str | bool],
     repeat_s: float = SHORT_S,
+    product: Product = xlas_product,
 ) -> float:
     """Return the seconds of ``[rows, in] @ [out, in]^T`` in bf16, many in one program."""
     num_out, num_in = shape
@@ -65,7 +92,7 @@ def time_product(
         for weight in weights:
             # The barrier keeps XLA from joining products of the same rows into one.
             rows, weight = jax.lax.optimization_barrier((rows, weight))
-            outputs.append(jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ()))))
+            outputs.append(product(rows, weight))
         return outputs
 
     is_gpu = jax.default_backend() == "gpu"
@@ -89,8 +116,11 @@ def time_products(
                     num_bytes / rates["memory_gb_s"] / 1e9, flops / rates["dot_tflop_s"] / 1e12
                 )
                 for variant, options in VARIANTS.items():
-                    seconds = time_product(used_rows, (num_out, num_in), options, repeat_s)
                     bar.update()
+                    product = our_product(name, used_rows) if variant == "ours" else xlas_product
+                    if product is None:
+                        continue
+                    seconds = time_product(used_rows, (num_out, num_in), options, repeat_s, product)
                     yield {
                         "rows": num_rows,
                         "product": name,
@@ -106,8 +136,12 @@ def step_sums(model: ModelConfig, records: list[Record]) -> list[Record]:
     """Add up the products of a step, all layers and the logits, for each number of rows."""
     sums = []
     for num_rows in sorted({record["rows"] for record in records}):
+        of_rows = [record for record in records if record["rows"] == num_rows]
         for variant in VARIANTS:
-            chosen = [r for r in records if (r["rows"], r["variant"]) == (num_rows, variant)]
+            own = {r["product"]: r for r in of_rows if r["variant"] == variant}
+            if not own:
+                continue
+            chosen = [own.get(r["product"], r) for r in of_rows if r["variant"] == "XLA"]
             counts = [1 if r["product"] == "logits" else model.num_layers for r in chosen]
             ms, floor_ms = (
                 sum(n * r[key] for n, r in zip(counts, chosen, strict=True)) / 1e3
