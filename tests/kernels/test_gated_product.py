@@ -134,7 +134,7 @@ def test_mosaic_leaves_other_shapes_to_the_reference(
     x, weight = arrays(*shape)
     with pytest.raises(NotImplementedError, match=re.escape(complaint)):
         gated_product(x, weight, activation="silu", implementation="mosaic")
-    monkeypatch.setattr(op, "_prefers_mosaic", lambda num_rows: True)
+    monkeypatch.setattr(op, "_preferred", lambda num_rows: "mosaic")
     found = gated_product(x, weight, activation="silu")
     expected = gated_product_reference(x, weight, activation="silu")
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
