@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
 from benchmarks.records import ROOT, Record, publish, read_model, run_record
 from jaxengine.config import ModelConfig
-from pallas_kernels.few_rows_triton import MAX_ROWS
 from pallas_kernels.gated_product import gated_product
-from pallas_kernels.split_product import split_product
+from pallas_kernels.split_product import project, split_product
+from pallas_kernels.tiles import FEW_ROWS
 
 ROWS = (8, 32, 64, 128, 256, 512, 1024, 16384)
 MIN_WEIGHT_BYTES = 512 << 20  # of the weights of one run; an H200's L2 cache holds 60 MB
@@ -53,13 +53,9 @@ def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def xlas_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
-
-
 def our_product(name: str, num_rows: int) -> Product | None:
     """The kernel that a GPU's step has for a product of a layer; None if it takes XLA's."""
-    if jax.default_backend() != "gpu" or num_rows > MAX_ROWS or name == "logits":
+    if jax.default_backend() != "gpu" or num_rows > FEW_ROWS or name == "logits":
         return None
     if name != "gate_up":
         return functools.partial(split_product, implementation="triton")
@@ -76,7 +72,7 @@ def time_product(
     shape: tuple[int, int],
     options: dict[str, str | bool],
     repeat_s: float = SHORT_S,
-    product: Product = xlas_product,
+    product: Product = project,
 ) -> float:
     """Return the seconds of ``[rows, in] @ [out, in]^T`` in bf16, many in one program."""
     num_out, num_in = shape
@@ -117,7 +113,7 @@ def time_products(
                 )
                 for variant, options in VARIANTS.items():
                     bar.update()
-                    product = our_product(name, used_rows) if variant == "ours" else xlas_product
+                    product = our_product(name, used_rows) if variant == "ours" else project
                     if product is None:
                         continue
                     seconds = time_product(used_rows, (num_out, num_in), options, repeat_s, product)

@@ -39,7 +39,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
-from pallas_kernels.residual_norm_triton import normalised
+from pallas_kernels.residual_norm_triton import add_row, add_up, normalised
 
 PACKED = 4  # numbers of a thread in a small array: two packets of 8 bytes, half of it data
 VECTOR = 8  # numbers of one 16-byte store in a large one
@@ -179,7 +179,7 @@ def _small_kernel(
     x = plt.load(_at(x_ref, where), mask=is_real, other=0)
     parts = _exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref)
     if is_sum:
-        _store(out_ref, where, is_real, _sum(parts), *residual_ref)
+        _store(out_ref, where, is_real, add_up(parts), *residual_ref)
         return
     for sender, part in enumerate(parts):
         plt.store(_at(out_ref, where + sender * x_ref.size), part, mask=is_real)
@@ -226,10 +226,6 @@ def _exchange(
             result_shape_dtypes=[jax.ShapeDtypeStruct(where.shape, x.dtype)],
         )
     return parts
-
-
-def _sum(parts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
 
 
 def _exchange_packets(num_gpus: int, sender: int, packet_bytes: int) -> str:
@@ -304,29 +300,15 @@ def _rows_kernel(
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
-    residual_ref: Any,
-    weight_ref: Any,
-    total_ref: Any,
-    normed_ref: Any,
+    *row_refs: Any,
 ) -> None:
     """As the small kernel, but a program has a whole row, so that it can normalise it."""
-    row, columns = pl.program_id(0), jnp.arange(padded)
-    num_columns = residual_ref.shape[1]
-    is_real = columns < num_columns
 
-    def load(place: Any) -> jax.Array:
-        return plt.load(place, mask=is_real, other=0)
+    def over_gpus(x: jax.Array, where: jax.Array) -> jax.Array:
+        parts = _exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref)
+        return add_up(parts).astype(x.dtype)
 
-    x = _sum([load(parts_ref.at[part, row, columns]) for part in range(parts_ref.shape[0])])
-    residual, weight = load(residual_ref.at[row, columns]), load(weight_ref.at[columns])
-    where = row * padded + columns
-    x = x.astype(residual.dtype)
-    # What pads a row is zero everywhere, so that the norm does not see it.
-    total = _sum(_exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref))
-    total = total.astype(residual.dtype) + residual
-    plt.store(total_ref.at[row, columns], total, mask=is_real)
-    normed = normalised(total, weight, eps, num_columns)
-    plt.store(normed_ref.at[row, columns], normed, mask=is_real)
+    add_row(eps, padded, over_gpus, parts_ref, *row_refs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -424,7 +406,7 @@ def _large_kernel(
             pack=VECTOR,
             result_shape_dtypes=[jax.ShapeDtypeStruct((LARGE_TILE,), x.dtype)],
         )
-        total = _store(out_ref, where, is_real, _sum([x, theirs]), *residual_ref)
+        total = _store(out_ref, where, is_real, add_up([x, theirs]), *residual_ref)
         if eps is not None:
             num_columns = out_ref.shape[1]  # a tile is some whole rows
             rows = jnp.reshape(total, (LARGE_TILE // num_columns, num_columns))

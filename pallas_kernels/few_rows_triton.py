@@ -24,8 +24,8 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_product_reference import ACTIVATIONS
+from pallas_kernels.tiles import FEW_ROWS
 
-MAX_ROWS = 32
 MIN_ROWS_OF_DOT = 16
 
 
@@ -118,8 +118,8 @@ def _choose(x: jax.Array, num_out: int, configs: Sequence[FewRowsConfig]) -> Few
     rows, num_in = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"few rows in Triton: {x.dtype}, not of 16 bits")
-    if rows > MAX_ROWS:
-        raise NotImplementedError(f"few rows in Triton: {rows} rows, more than {MAX_ROWS}")
+    if rows > FEW_ROWS:
+        raise NotImplementedError(f"few rows in Triton: {rows} rows, more than {FEW_ROWS}")
     for config in configs:
         if num_out % config.tile_out == 0 and num_in % (config.num_splits * config.tile_in) == 0:
             return config
@@ -167,7 +167,8 @@ def _compiler_params(config: FewRowsConfig) -> Any:
 def _split_kernel(config: FewRowsConfig, x_ref: Any, weight_ref: Any, out_ref: Any) -> None:
     rows, is_real, outs = _rows_and_outs(config, x_ref)
     split = pl.program_id(1)
-    (product,) = _multiply(config, x_ref, [lambda k: weight_ref.at[outs[:, None], k]], split)
+    weights = [lambda k: weight_ref.at[outs[:, None], k]]
+    (product,) = _multiply(config, x_ref, rows, is_real, weights, split)
     plt.store(out_ref.at[split, rows[:, None], outs[None, :]], product, mask=is_real[:, None])
 
 
@@ -179,7 +180,7 @@ def _gated_kernel(
         lambda k: weight_ref.at[0, outs[:, None], k],
         lambda k: weight_ref.at[1, outs[:, None], k],
     ]
-    gate, up = _multiply(config, x_ref, weights, 0)
+    gate, up = _multiply(config, x_ref, rows, is_real, weights, 0)
     gated = (ACTIVATIONS[activation](gate) * up).astype(out_ref.dtype)
     plt.store(out_ref.at[rows[:, None], outs[None, :]], gated, mask=is_real[:, None])
 
@@ -192,17 +193,20 @@ def _rows_and_outs(config: FewRowsConfig, x_ref: Any) -> tuple[jax.Array, jax.Ar
 
 
 def _multiply(
-    config: FewRowsConfig, x_ref: Any, weights: list[Any], split: jax.Array | int
+    config: FewRowsConfig,
+    x_ref: Any,
+    rows: jax.Array,
+    is_real: jax.Array,
+    weights: list[Any],
+    split: jax.Array | int,
 ) -> tuple[jax.Array, ...]:
     """Products of all rows with rows of one or more weights, over one split."""
-    num_rows, num_in = x_ref.shape
-    rows = jnp.arange(max(MIN_ROWS_OF_DOT, pl.next_power_of_2(num_rows)))
-    per_split = num_in // config.num_splits
+    per_split = x_ref.shape[1] // config.num_splits
     first = split * per_split
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         k = (first + i * config.tile_in + jnp.arange(config.tile_in))[None, :]
-        x = plt.load(x_ref.at[rows[:, None], k], mask=(rows < num_rows)[:, None], other=0.0)
+        x = plt.load(x_ref.at[rows[:, None], k], mask=is_real[:, None], other=0.0)
         return tuple(
             total + jnp.dot(x, plt.load(weight(k)).T, preferred_element_type=jnp.float32)
             for total, weight in zip(sums, weights, strict=True)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.backends import is_hopper, load_function
 from pallas_kernels.gated_product_reference import ACTIVATIONS, gate, gated_product_reference
+from pallas_kernels.tiles import FEW_ROWS
 
 __all__ = ["ACTIVATIONS", "gate", "gated_product"]
 
@@ -15,7 +16,6 @@ FUNCTIONS = {
     "triton": "pallas_kernels.few_rows_triton:gated_few_rows_triton",
     "mosaic": "pallas_kernels.gated_product_mosaic:gated_product_mosaic",
 }
-TRITON_MAX_ROWS = 32  # of its kernel
 # Where Mosaic's kernel is faster, by measurement (an H100, D = 4096, F = 14336, benchmarks/LOG.md):
 # 256 rows 101 us where XLA's two take 112, 1024 rows 315 instead of 340, 16384 rows 5659 instead of
 # 5259. Sizes between the last two have not been measured.
@@ -57,7 +57,7 @@ def gated_product(
 
 
 def _preferred(num_rows: int) -> str:
-    if jax.default_backend() == "gpu" and num_rows <= TRITON_MAX_ROWS:
+    if jax.default_backend() == "gpu" and num_rows <= FEW_ROWS:
         return "triton"
     if num_rows in MOSAIC_ROWS and jax.default_backend() == "gpu" and is_hopper():
         return "mosaic"

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.split_product_reference import project
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -24,5 +26,5 @@ def gated_product_reference(
 ) -> Float[Array, "T F"]:
     """As ``gated_product``. The product is rounded to x's dtype before the activation."""
     rows = weight.reshape(-1, weight.shape[2])
-    gate_up = jax.lax.dot_general(x, rows, (((1,), (1,)), ((), ())))
+    gate_up = project(x, rows)
     return gate(jnp.reshape(gate_up, (x.shape[0], 2, weight.shape[1])), activation)

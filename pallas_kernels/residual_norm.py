@@ -12,12 +12,9 @@ from pallas_kernels.all_reduce_triton import all_reduce_norm_triton
 from pallas_kernels.peers import Peers
 from pallas_kernels.residual_norm_reference import residual_norm_reference, rms_norm, sum_parts
 from pallas_kernels.residual_norm_triton import residual_norm_triton
+from pallas_kernels.tiles import FEW_ROWS
 
 __all__ = ["residual_norm", "residual_sum", "rms_norm", "sum_parts"]
-
-# A program of the kernel takes a row, which suits few of them; and where there are many, XLA adds
-# the residual in the product itself.
-TRITON_MAX_ROWS = 32
 
 
 def residual_norm(
@@ -60,14 +57,16 @@ def residual_norm(
         except NotImplementedError:
             if implementation is not None:
                 raise
-    if implementation == "reference" or peers is None:
+    if implementation == "reference":
         return residual_norm_reference(parts, residual, weight, eps=eps, axis_name=axis_name)
     total = residual_sum(parts, residual, peers=peers, axis_name=axis_name)
     return total, rms_norm(total, weight, eps)
 
 
 def _prefers_triton(parts: jax.Array, peers: Peers | None) -> bool:
-    is_small = parts.shape[1] <= TRITON_MAX_ROWS
+    # A program of the kernel takes a row, which suits few of them; and where there are many, XLA
+    # adds the residual in the product itself.
+    is_small = parts.shape[1] <= FEW_ROWS
     return peers is not None or (is_small and jax.default_backend() == "gpu")
 
 

@@ -5,6 +5,7 @@ Limits: 16-bit floats, rows of up to 16,384 numbers; else NotImplementedError.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,22 +71,54 @@ def _launch(
 def _kernel(
     eps: float, parts_ref: Any, residual_ref: Any, weight_ref: Any, total_ref: Any, normed_ref: Any
 ) -> None:
-    row = pl.program_id(0)
-    num_parts, _, num_columns = parts_ref.shape
-    columns = jnp.arange(pl.next_power_of_2(num_columns))
+    padded = pl.next_power_of_2(residual_ref.shape[1])
+    add_row(eps, padded, None, parts_ref, residual_ref, weight_ref, total_ref, normed_ref)
+
+
+def add_row(
+    eps: float,
+    padded: int,
+    over_gpus: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    parts_ref: Any,
+    residual_ref: Any,
+    weight_ref: Any,
+    total_ref: Any,
+    normed_ref: Any,
+) -> None:
+    """What a program does with its row: sum of the parts, residual, norm.
+
+    Args:
+        eps: Of the norm.
+        padded: Numbers of a row with what pads it, which is zero.
+        over_gpus: Makes of this GPU's numbers, and their places in a padded array, those of all;
+            None for one GPU.
+        parts_ref: [S, T, D], and the other arrays as in ``residual_norm``.
+        residual_ref: [T, D].
+        weight_ref: [D].
+        total_ref: [T, D], an output.
+        normed_ref: [T, D], an output.
+    """
+    row, columns = pl.program_id(0), jnp.arange(padded)
+    num_columns = residual_ref.shape[1]
     is_real = columns < num_columns
 
     def load(place: Any) -> jax.Array:
         return plt.load(place, mask=is_real, other=0.0)
 
-    parts = [load(parts_ref.at[part, row, columns]) for part in range(num_parts)]
-    residual = load(residual_ref.at[row, columns])
-    weight = load(weight_ref.at[columns])
-    total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
-    total = total.astype(residual.dtype) + residual
+    x = add_up([load(parts_ref.at[part, row, columns]) for part in range(parts_ref.shape[0])])
+    residual, weight = load(residual_ref.at[row, columns]), load(weight_ref.at[columns])
+    x = x.astype(residual.dtype)
+    if over_gpus is not None:
+        x = over_gpus(x, row * padded + columns)
+    total = x + residual
     plt.store(total_ref.at[row, columns], total, mask=is_real)
     normed = normalised(total, weight, eps, num_columns)
     plt.store(normed_ref.at[row, columns], normed, mask=is_real)
+
+
+def add_up(parts: Sequence[jax.Array]) -> jax.Array:
+    """Sum of some arrays in float32."""
+    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
 
 
 def normalised(row: jax.Array, weight: jax.Array, eps: float, num_columns: int) -> jax.Array:

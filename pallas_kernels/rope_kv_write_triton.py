@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.residual_norm_triton import add_up
 from pallas_kernels.rope_kv_write_reference import HeadNorm
 
 
@@ -112,8 +113,7 @@ def _kernel(
             plt.load(parts_ref.at[part, token, head, row, columns], mask=mask, other=0.0)
             for part in range(parts_ref.shape[0])
         ]
-        total = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
-        return total.astype(q_out_ref.dtype)
+        return add_up(parts).astype(q_out_ref.dtype)
 
     def load_row(row: int, offset: int) -> jax.Array:
         return load(row, columns + offset, is_real)

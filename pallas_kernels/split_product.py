@@ -9,7 +9,9 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends import load_function
-from pallas_kernels.split_product_reference import split_product_reference
+from pallas_kernels.split_product_reference import project, split_product_reference
+
+__all__ = ["project", "split_product"]
 
 TRITON = "pallas_kernels.few_rows_triton:split_product_triton"
 

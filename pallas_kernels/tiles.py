@@ -1,4 +1,4 @@
-"""Tile sizes of the decode kernels: what is measured best, by shape.
+"""Tile sizes of the decode kernels, and what few rows are: what is measured best.
 
 Numbers are from benchmarks/kernels.py --sweep; see benchmarks/LOG.md.
 """
@@ -9,6 +9,8 @@ import jax
 
 # Assumed where no GPU is there to ask (cross-compiling): H100 and H200.
 DEFAULT_NUM_SMS = 132
+# Rows up to which products come in parts, from kernels of ours (few_rows_triton.py).
+FEW_ROWS = 32
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxengine.sharding import TENSOR_AXIS
 from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.peers import Peers
 from pallas_kernels.residual_norm import residual_sum
-from pallas_kernels.split_product import split_product
+from pallas_kernels.split_product import project, split_product
 
 
 def parameter(
@@ -108,11 +108,6 @@ class Linear(nnx.Module):
         if self.input_major:
             return (rows @ self.matrix).reshape(x.shape[0], *shape[-self.num_out_axes :])
         return project(rows, self.matrix).reshape(x.shape[0], *shape[: self.num_out_axes])
-
-
-def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """``x W^T``, accumulated in float32 by the matrix unit, returned in x's dtype."""
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
 
 
 def add_parts(

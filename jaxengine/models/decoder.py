@@ -192,6 +192,7 @@ class Decoder(nnx.Module):
         )
         cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
         all_tokens = dataclasses.replace(batch, last_tokens_only=False)
+        # The dict's own order is alphabetic: 0, 1, 10, 2.
         layers = [self.layers[str(number)] for number in self.layer_numbers]
         normed = layers[0].input_norm(x)
         new_caches: LayerCaches = []
