@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.distributed.launch import start_leader
 from jaxengine.engine import memory
 from jaxengine.engine.replicas import build_replicas, startup_text
+from jaxengine.engine.request import token_id_outside
 from jaxengine.interrupts import interrupts_deferred
 from jaxengine.output_processor import OutputProcessor
 from jaxengine.outputs import RequestOutput
@@ -30,23 +31,10 @@ from jaxengine.weights import Checkpoint, open_model
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
+EncodedPrompt = tuple[str | None, "array[int]"]
 
 # Fields of generation_config.json that are sampling parameters too.
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-
-
-class EncodedPrompt(NamedTuple):
-    """A prompt as the parts of the engine want it.
-
-    Attributes:
-        text: None if it came as token ids.
-        token_ids: For its outputs.
-        packed: The same for the engine, which copies and searches memory instead of numbers.
-    """
-
-    text: str | None
-    token_ids: list[int]
-    packed: "array[int]"
 
 
 class LLM:
@@ -267,16 +255,15 @@ class LLM:
         return self._tokenizer
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        """Bring every prompt into the form that all here take."""
+        """Bring every prompt into the form (text or None, token ids)."""
         parsed = [_parse_prompt(prompt) for prompt in prompts]
         texts = [text for text, token_ids in parsed if token_ids is None and text is not None]
         encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
         vocab_size = self.engine.model_config.vocab_size
-        inputs = []
-        for number, (text, ids) in enumerate(parsed):
-            packed = _checked(number, next(encoded) if ids is None else ids, vocab_size)
-            inputs.append(EncodedPrompt(text, packed.tolist(), packed))
-        return inputs
+        return [
+            (text, _checked(number, next(encoded) if ids is None else ids, vocab_size))
+            for number, (text, ids) in enumerate(parsed)
+        ]
 
     def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
         if params is None:
@@ -316,15 +303,13 @@ class LLM:
         """Queue all prompts, or none of them if one is refused."""
         request_ids: list[str] = []
         try:
-            for prompt, each, priority in zip(inputs, params, priorities, strict=True):
+            for (text, token_ids), each, priority in zip(inputs, params, priorities, strict=True):
                 request_id = str(next(self._request_numbers))
                 request_ids.append(request_id)
-                children = self._processor.add_request(
-                    request_id, prompt.text, prompt.token_ids, each
-                )
+                children = self._processor.add_request(request_id, text, token_ids.tolist(), each)
                 for child in children:
                     self.engine.add_request(
-                        child.request_id, prompt.packed, child.sampling_params, priority=priority
+                        child.request_id, token_ids, child.sampling_params, priority=priority
                     )
         except BaseException:
             self._abort_all(request_ids)
@@ -451,17 +436,12 @@ def _as_token_ids(values: Any) -> Sequence[int]:
 
 def _checked(number: int, token_ids: Sequence[int], vocab_size: int) -> "array[int]":
     """Check here, before anything else looks at them: the tokenizer cannot take just any number."""
-    if isinstance(token_ids, array) and token_ids:
-        packed = np.frombuffer(token_ids, np.int32)  # 20 times as fast as Python's min and max
-        low, high = int(packed.min()), int(packed.max())
-    else:
-        low, high = min(token_ids, default=0), max(token_ids, default=0)
-    for bad in (low, high):
-        if not 0 <= bad < vocab_size:
-            raise ValueError(
-                f"prompt {number}: token id {bad} is not in the vocabulary of {vocab_size}; "
-                "tokenize with this model's tokenizer"
-            )
+    bad = token_id_outside(token_ids, vocab_size)
+    if bad is not None:
+        raise ValueError(
+            f"prompt {number}: token id {bad} is not in the vocabulary of {vocab_size}; "
+            "tokenize with this model's tokenizer"
+        )
     return token_ids if isinstance(token_ids, array) else array("i", token_ids)
 
 

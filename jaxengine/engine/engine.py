@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxengine.config import ModelConfig
 from jaxengine.engine.model_runner import ModelRunner, PendingStep
-from jaxengine.engine.request import FinishReason, Request
+from jaxengine.engine.request import FinishReason, Request, token_id_outside
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerOutput, SchedulerStats
 from jaxengine.sampling_params import SamplingParams
@@ -169,12 +169,8 @@ class Engine:
         return self.scheduler.block_pool.reset_prefix_cache()
 
     def _check_token_ids(self, request: Request) -> None:
-        if not request.num_tokens:
-            return  # the scheduler says it
-        token_ids = np.frombuffer(request.all_token_ids, np.int32)  # 60 times as fast as a list
-        low, high = int(token_ids.min()), int(token_ids.max())
-        if low < 0 or high >= self.model_config.vocab_size:
-            bad = low if low < 0 else high
+        bad = token_id_outside(request.all_token_ids, self.model_config.vocab_size)
+        if bad is not None:
             raise ValueError(
                 f"request {request.request_id!r}: token id {bad} is not in the vocabulary of "
                 f"{self.model_config.vocab_size}; tokenize with this model's tokenizer"
