@@ -105,9 +105,10 @@ def add_row(
     def load(place: Any) -> jax.Array:
         return plt.load(place, mask=is_real, other=0.0)
 
-    x = add_up([load(parts_ref.at[part, row, columns]) for part in range(parts_ref.shape[0])])
+    # All loads are under way before the first is used.
+    parts = [load(parts_ref.at[part, row, columns]) for part in range(parts_ref.shape[0])]
     residual, weight = load(residual_ref.at[row, columns]), load(weight_ref.at[columns])
-    x = x.astype(residual.dtype)
+    x = add_up(parts).astype(residual.dtype)
     if over_gpus is not None:
         x = over_gpus(x, row * padded + columns)
     total = x + residual
