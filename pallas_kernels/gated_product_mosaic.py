@@ -36,14 +36,14 @@ TILE_ROWS = ROWS * CONSUMERS
 TILE_COLUMNS = (128, 112, 96, 80, 64, 48, 32)
 TILE_COST = 16  # what a tile costs beside its columns, in columns: its rows and its ends
 COPIES = 3  # into a slot of the ring: rows, gate, up
+# Rows from which on two programs share weights. Long products are limited by power, of which a third
+# fewer bytes from the L2 cache save 2 % (benchmarks/LOG.md). Up to 1,024 rows it makes no difference.
+SHARING_MIN_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class GatedProductConfig:
-    """How the kernel cuts and pipelines its work.
-
-    Up to 1,024 rows a cluster of two and a lag are as fast as none, at 16,384 they gain 1 to 2 %
-    (benchmarks/LOG.md).
+    """How the kernel cuts and pipelines its work. A lag has gained nothing yet (benchmarks/LOG.md).
 
     Attributes:
         tile_k: Length of a stretch of the inner dimension.
@@ -67,6 +67,12 @@ class GatedProductConfig:
             raise ValueError(
                 f"lag is {self.lag} but there are {self.num_stages} stages: raise num_stages"
             )
+
+
+def default_config(num_rows: int) -> GatedProductConfig:
+    """Return the configuration for Hopper, as measured on an H100 (benchmarks/LOG.md)."""
+    is_shared = num_rows >= SHARING_MIN_ROWS and num_rows % (2 * TILE_ROWS) == 0
+    return GatedProductConfig(cluster=2 if is_shared else 1)
 
 
 class _Problem(NamedTuple):
@@ -114,13 +120,13 @@ def gated_product_mosaic(
         x: Rows.
         weight: Gate and up.
         activation: Only "silu".
-        config: Tile sizes and schedule.
+        config: Tile sizes and schedule; None for the default of the number of rows.
         interpret: ``plgpu.InterpretGPUParams`` to run on the CPU, slowly, for tests.
 
     Raises:
         NotImplementedError: For an activation, dtype, shape or jax version not served.
     """
-    config = config or GatedProductConfig()
+    config = config or default_config(x.shape[0])
     _check_supported(x, weight, activation, config)
     tiles_down, num_columns = x.shape[0] // (TILE_ROWS * config.cluster), weight.shape[1]
     num_clusters = num_sms() // config.cluster

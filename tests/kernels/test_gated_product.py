@@ -12,7 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import gated_product as op
 from pallas_kernels import gated_product_mosaic
 from pallas_kernels.gated_product import ACTIVATIONS, gated_product
-from pallas_kernels.gated_product_mosaic import GatedProductConfig, best_tile_columns
+from pallas_kernels.gated_product_mosaic import (
+    GatedProductConfig,
+    best_tile_columns,
+    default_config,
+)
 from pallas_kernels.gated_product_reference import gated_product_reference
 
 needs_new_jax = pytest.mark.skipif(
@@ -94,6 +98,13 @@ def test_tiles_are_as_wide_as_lets_all_clusters_finish_together(
     assert best_tile_columns(num_rows // 256, num_columns, num_clusters=66) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "cluster"), [(256, 1), (1024, 1), (2048, 2), (2176, 1), (16384, 2)]
+)
+def test_programs_share_weights_where_there_are_many_rows(num_rows: int, cluster: int) -> None:
+    assert default_config(num_rows).cluster == cluster
+
+
 @needs_new_jax
 @pytest.mark.parametrize(
     "shape",
@@ -163,7 +174,7 @@ def test_mosaic_refuses_what_it_does_not_compute(activation: str, dtype: Any) ->
         ("gpu", True, 256, True),
         ("gpu", True, 1024, True),
         ("gpu", True, 255, False),
-        ("gpu", True, 2048, False),
+        ("gpu", True, 16384, True),
         ("gpu", False, 256, False),
         ("cpu", True, 256, False),
     ],

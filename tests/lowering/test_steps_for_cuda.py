@@ -190,10 +190,14 @@ def test_caches_tables_and_tokens_are_donated_on_the_gpu_too() -> None:
     ("shape", "kernels"),
     [
         (StepShape(256, 256, decode_only=True), {"gated_product_mosaic"}),
-        (StepShape(2048, 1024, decode_only=False), set()),
-        (StepShape(8192, 1024, decode_only=False), {"ragged_attention_mosaic"}),
+        (StepShape(128, 128, decode_only=False), set()),
+        (StepShape(2048, 1024, decode_only=False), {"gated_product_mosaic"}),
+        (
+            StepShape(8192, 1024, decode_only=False),
+            {"gated_product_mosaic", "ragged_attention_mosaic"},
+        ),
     ],
-    ids=["decode", "mixed", "long"],
+    ids=["decode", "short", "mixed", "long"],
 )
 def test_on_hopper_a_step_takes_the_mosaic_kernels_that_are_faster(
     shape: StepShape, kernels: set[str], monkeypatch: pytest.MonkeyPatch
