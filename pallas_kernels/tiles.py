@@ -11,6 +11,9 @@ import jax
 DEFAULT_NUM_SMS = 132
 # Rows up to which products come in parts, from kernels of ours (few_rows_triton.py).
 FEW_ROWS = 32
+# KV heads of all rows of a decode step, for each SM, up to which they are few: measured with 8 heads
+# and 8 to 32 rows.
+FEW_HEADS_PER_SM = 2
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,14 @@ class DecodeConfig:
     min_split_tokens: int = 128
 
 
-def triton_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
+def triton_decode_config(head_dim: int, num_rows: int, num_kv_heads: int) -> DecodeConfig:
     """Return the tile sizes for Triton decode with B = ``num_rows``."""
-    if head_dim > 128:
-        return DecodeConfig(tile_kv=32, num_stages=3)
-    return DecodeConfig()
+    tile_kv = 32 if head_dim > 128 else 64
+    if num_rows * num_kv_heads <= FEW_HEADS_PER_SM * num_sms():
+        # Programs are few. One an SM with a deep ring keeps as much on its way from memory as
+        # several with short rings, and there is less to start and to merge.
+        return DecodeConfig(tile_kv=tile_kv, num_stages=5, splits_per_sm=1)
+    return DecodeConfig(tile_kv=tile_kv)
 
 
 def mosaic_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:
