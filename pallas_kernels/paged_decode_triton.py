@@ -168,13 +168,12 @@ def _reduce_split(
     partial_lse_ref: Any,
 ) -> None:
     head, split = pl.program_id(0), pl.program_id(1)
-    # All at once, also where the split is not used: each load that waits for another costs time.
-    row, start, stop = row_ref[split], start_ref[split], stop_ref[split]
-    first_split, end_split = first_split_ref[split], end_split_ref[split]
+    row = row_ref[split]
     heads, is_head, columns, is_real = _heads_and_columns(problem, head, problem.padded_group)
 
     @pl.when(row >= 0)
     def _reduce_used_split() -> None:
+        start, stop = start_ref[split], stop_ref[split]
         position = seq_lens_ref[row] - 1
         q = plt.load(q_ref.at[row, heads[:, None], columns[None, :]], mask=is_real, other=0.0)
         slopes = None
@@ -223,6 +222,7 @@ def _reduce_split(
             ),
         )
         out = acc / jnp.where(total > 0, total, 1.0)[:, None]
+        first_split, end_split = first_split_ref[split], end_split_ref[split]
         is_whole_row = end_split - first_split == 1
 
         @pl.when(is_whole_row)
