@@ -36,8 +36,9 @@ TILE_ROWS = ROWS * CONSUMERS
 TILE_COLUMNS = (128, 112, 96, 80, 64, 48, 32)
 TILE_COST = 16  # what a tile costs beside its columns, in columns: its rows and its ends
 COPIES = 3  # into a slot of the ring: rows, gate, up
-# Rows from which on two programs share weights. Long products are limited by power, of which a third
-# fewer bytes from the L2 cache save 2 % (benchmarks/LOG.md). Up to 1,024 rows it makes no difference.
+# Rows from which on two programs share weights. Long products are limited by power, and a third
+# fewer bytes from the L2 cache save 2 % of it; at 512 and 1,024 rows that costs 5 to 10 % of the
+# time instead (benchmarks/LOG.md).
 SHARING_MIN_ROWS = 2048
 
 

@@ -11,8 +11,8 @@ import jax
 DEFAULT_NUM_SMS = 132
 # Rows up to which products come in parts, from kernels of ours (few_rows_triton.py).
 FEW_ROWS = 32
-# KV heads of all rows of a decode step, for each SM, up to which they are few: measured with 8 heads
-# and 8 to 32 rows.
+# KV heads of all rows of a decode step, for each SM, up to which they are few: measured with 8
+# heads and 8 to 64 rows.
 FEW_HEADS_PER_SM = 2
 
 

@@ -22,8 +22,9 @@ MODEL = {
 # The third one comes in chunks of 16. Many, as one token in seven is nearly a tie.
 PROMPTS = random_prompts(14, 15, 40, *range(3, 16))
 NUM_TOKENS = 24
-# What rounding in another order makes of logprobs, on average and at most: on one CPU float16 is 0.026
-# and 0.24 away from float32. In bfloat16 this model is 0.21 and 2.1 away, as far as another token.
+# What rounding in another order makes of logprobs, on average and at most: on one CPU float16 is
+# 0.026 and 0.24 away from float32. In bfloat16 this model is 0.21 and 2.1 away, as far as another
+# token.
 DTYPE, MEAN_ERROR, MOST_ERROR = "float16", 0.05, 0.4
 LAYOUTS = {
     "tp2": {"tensor_parallel_size": 2},

@@ -180,9 +180,10 @@ class ModelRunner:
             return num_bytes
         itemsize = jnp.dtype(stage.cache_spec.dtype).itemsize
         width = self._vocab_size // stage.parts.mesh.size
-        num_bytes += 2 * self._max_num_seqs * width * itemsize
-        if stage.output_buffers is not None:
-            num_bytes += stage.output_buffers.num_bytes(self._buckets.row_counts)
+        if (buffers := stage.output_buffers) is not None:
+            num_bytes += buffers.num_bytes(self._buckets.row_counts)
+        if buffers is None or not buffers.serves(self._max_num_seqs):
+            num_bytes += 2 * self._max_num_seqs * width * itemsize
         return num_bytes
 
     def guess_step_bytes(self, stage: Stage) -> int:
@@ -252,6 +253,8 @@ class ModelRunner:
         """Take each stage's weights and allocate the KV cache and the device-side state."""
         for stage, own in zip(self.stages, params, strict=True):
             stage.start(own)
+            if stage.output_buffers is not None:
+                stage.output_buffers.allocate(self._buckets.row_counts)
 
     def restore_state(self) -> None:
         """Make the device-side state anew if a step that failed has taken it along.

@@ -141,3 +141,35 @@ def test_new_ones_are_made_after_clear() -> None:
     logits.delete()
     buffers.clear()
     np.testing.assert_array_equal(buffers.take(3)[1], np.zeros((3, VOCAB_SIZE)))
+
+
+def test_what_is_allocated_is_told_and_shares_no_memory() -> None:
+    buffers = make_buffers(max_in_flight=2)
+    row_counts = [1, 4, 8, MAX_ROWS, MAX_ROWS + 1]
+    buffers.allocate(row_counts)
+    arrays = []
+    for num_rows in row_counts[:-1]:
+        logits = None
+        for _ in range(3):  # as many token ids as there are
+            token_ids, logits = buffers.take(num_rows)
+            buffers.keep(token_ids, logits)
+            arrays.append(token_ids)
+        arrays.append(logits)
+    addresses = {array.unsafe_buffer_pointer() for array in arrays}
+    assert len(addresses) == len(arrays) == 4 * 4
+    assert sum(array.nbytes for array in arrays) == buffers.num_bytes(row_counts)
+
+
+def test_an_engine_starts_with_all_outputs_that_it_will_write(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "overwrites_outputs", lambda parts: parts.is_last)
+    llm = make_llm(chat_model)
+    stage = llm.engine.runner.stages[0]
+    assert stage.output_buffers is not None
+
+    def fail(*_: object) -> None:
+        raise AssertionError("memory was allocated in the middle of a run")
+
+    monkeypatch.setattr(stage.output_buffers, "allocate", fail)
+    results(llm)
