@@ -20,6 +20,10 @@ from tqdm import tqdm
 from jaxengine.config import EngineConfig
 from jaxengine.distributed.launch import start_leader
 from jaxengine.engine import memory
+from jaxengine.engine.garbage_collection import (
+    exempt_from_garbage_collection,
+    paused_garbage_collection,
+)
 from jaxengine.engine.replicas import build_replicas, startup_text
 from jaxengine.engine.request import token_id_outside
 from jaxengine.interrupts import interrupts_deferred
@@ -79,6 +83,7 @@ class LLM:
         self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
         if leader is not None:
             leader.unfinished_requests = lambda: self._processor.unfinished_request_ids
+        exempt_from_garbage_collection(owner=self)
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
             print(f"{startup_text(startups)}\n  ready after {seconds:.1f} s", file=sys.stderr)
@@ -344,17 +349,19 @@ class LLM:
 
     def _step(self) -> None:
         """Run one step of the engine; put the outputs that it changed into their inboxes."""
-        result = self.engine.step()
-        if (step := result.step) is None:
-            return
-        if step.prompt_scores is not None:
-            for chunk, arrays in step.prompt_scores.on_host():
-                self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
-        processed = self._processor.process(result.outputs, step.logprobs())
-        for stopped in processed.stopped:
-            self.engine.finish(stopped.request_id, stopped.stop_reason)
-        for output in processed.request_outputs:
-            self._inboxes[output.request_id].append(output)
+        with paused_garbage_collection():  # what a step makes is gone at its end
+            result = self.engine.step()
+            if (step := result.step) is None:
+                return
+            if step.prompt_scores is not None:
+                for chunk, arrays in step.prompt_scores.on_host():
+                    self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
+            processed = self._processor.process(result.outputs, step.logprobs())
+            for stopped in processed.stopped:
+                self.engine.finish(stopped.request_id, stopped.stop_reason)
+            for output in processed.request_outputs:
+                self._inboxes[output.request_id].append(output)
+            del result, processed
 
     def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}

@@ -19,6 +19,7 @@ from jaxengine.distributed.runtime import check_not_started, start_jax
 from jaxengine.distributed.step_frames import STEP, decode_step
 from jaxengine.engine import memory
 from jaxengine.engine.build import build_runner
+from jaxengine.engine.garbage_collection import exempt_from_garbage_collection
 from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.replicas import order_by_replica, split_devices
 from jaxengine.llm import use_compilation_cache
@@ -119,6 +120,7 @@ def _build_runners(
 
 def follow(link: LeaderLink, runners: Sequence[ModelRunner]) -> None:
     """Do what the leader says, until it says that it ends."""
+    exempt_from_garbage_collection(owner=link)
     link.send(Frame("ready"))
     while (frame := link.receive()).kind != "shutdown":
         if frame.kind == STEP:

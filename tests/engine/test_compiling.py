@@ -14,7 +14,6 @@ import pytest
 from jaxengine.batch import StepShape
 from jaxengine.engine import stage as stage_module
 from jaxengine.engine.compiler_options import compiles_slowly
-from jaxengine.engine.garbage_collection import paused_garbage_collection
 from jaxengine.engine.model_runner import ModelRunner
 from jaxengine.engine.stage import CompiledStep, LoweredStep, Stage
 from tests.helpers import make_llm
@@ -102,31 +101,6 @@ def test_garbage_is_not_collected_while_steps_are_traced(
     compile_all(chat_model)
     assert compiler.collects == {False}
     assert gc.isenabled()
-
-
-def test_garbage_is_collected_once_all_is_traced(
-    chat_model: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    traced_by_then: list[int] = []
-    monkeypatch.setattr(gc, "collect", lambda: traced_by_then.append(len(compiler.traced)))
-    compile_all(chat_model)
-    assert traced_by_then == [len(compiler.traced)]
-
-
-def test_a_failed_compilation_leaves_the_garbage_collector_on() -> None:
-    with pytest.raises(MemoryError), paused_garbage_collection():
-        raise MemoryError
-    assert gc.isenabled()
-
-
-def test_who_has_switched_the_garbage_collector_off_finds_it_off() -> None:
-    gc.disable()
-    try:
-        with paused_garbage_collection():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
 
 
 def test_programs_are_written_down_when_all_is_traced(chat_model: Path, compiler: Compiler) -> None:
