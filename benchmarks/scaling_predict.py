@@ -43,6 +43,7 @@ ON_MORE_HOSTS = (
 PRESETS = (
     Preset(LLAMA_8B, tuple(Layout(n) for n in (1, 2, 4, 8))),
     Preset(LLAMA_8B, ON_ONE_HOST),
+    Preset("llama-2-13b", (Layout(), Layout(2), Layout(4), Layout(2, 2))),
     Preset("llama-3.1-70b", (Layout(2), Layout(4), Layout(8), Layout(4, 2), Layout(4, 1, 2))),
     Preset("llama-3.1-70b", ON_MORE_HOSTS),
     Preset("llama-3.1-405b", (Layout(8),), weight_bits=8),

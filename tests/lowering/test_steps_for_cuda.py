@@ -53,6 +53,22 @@ SMOLLM = {
     "num_key_value_heads": 3,
 }
 MODELS = {"llama-8b": LLAMA_8B, "qwen3-0.6b": QWEN3_06B, "smollm2": SMOLLM}
+# For several GPUs only.
+LLAMA_13B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+LARGE_MODELS = {"llama-13b": LLAMA_13B, "llama-70b": LLAMA_70B}
 
 
 def h100s(count: int) -> jax.sharding.AbstractMesh:
@@ -65,7 +81,7 @@ H100 = h100s(1)
 
 def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gpus: int = 1) -> str:
     sizes = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 8192}
-    config = ModelConfig.from_hf({**sizes, **MODELS[name]}, "bfloat16")
+    config = ModelConfig.from_hf({**sizes, **(MODELS | LARGE_MODELS)[name]}, "bfloat16")
     options = ModelOptions(
         num_kv_heads=config.num_kv_heads, max_model_len=8192, attention_backend=backend
     )
@@ -135,19 +151,21 @@ def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_gpus", "kinds"),
+    ("name", "shape", "num_gpus", "kinds"),
     [
-        (StepShape(8, 8, decode_only=True), 2, ("small", "norm_small")),
-        (StepShape(256, 256, decode_only=True), 2, ("large", "norm_large")),
-        (StepShape(4096, 256, decode_only=False), 2, ("large", "norm_large")),
-        (StepShape(8, 8, decode_only=True), 8, ("small", "norm_small")),
+        ("llama-8b", StepShape(8, 8, decode_only=True), 2, ("small", "norm_small")),
+        ("llama-8b", StepShape(256, 256, decode_only=True), 2, ("large", "norm_large")),
+        ("llama-8b", StepShape(4096, 256, decode_only=False), 2, ("large", "norm_large")),
+        ("llama-8b", StepShape(8, 8, decode_only=True), 8, ("small", "norm_small")),
+        ("llama-13b", StepShape(8, 8, decode_only=True), 4, ("small", "norm_small")),
+        ("llama-70b", StepShape(8, 8, decode_only=True), 8, ("small", "norm_small")),
     ],
     ids=str,
 )
 def test_gpus_add_up_in_kernels_of_ours_and_xla_has_no_collective_left(
-    shape: StepShape, num_gpus: int, kinds: tuple[str, ...]
+    name: str, shape: StepShape, num_gpus: int, kinds: tuple[str, ...]
 ) -> None:
-    text = lower_step_for_cuda("llama-8b", "triton", shape, num_gpus)
+    text = lower_step_for_cuda(name, "triton", shape, num_gpus)
     for collective in ("all_reduce", "all_gather", "reduce_scatter", "collective_permute"):
         assert f"stablehlo.{collective}" not in text
     every_kind = ("small", "large", "norm_small", "norm_large")
