@@ -342,7 +342,7 @@ def decode_sweep(case: Case, implementation: str) -> Iterator[tuple[str, str, An
         {"min_split_tokens": 512},
     ]
     if implementation == "triton":
-        base = triton_decode_config(case.head_dim, len(case.rows), case.num_kv_heads)
+        base = triton_decode_config(case.head_dim, len(case.rows), case.num_kv_heads, case.group)
         steps: list[dict[str, Any]] = [
             {"num_stages": 6},  # 2 to 4 compile to the same ring
             {"tile_kv": 32, "num_stages": 4},

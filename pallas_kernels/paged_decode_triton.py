@@ -27,7 +27,7 @@ from pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_c
 LOG2_E = math.log2(math.e)
 # Starting maximum: finite, so that a tile whose keys are all masked gives 0 and not NaN.
 LOWEST = -1e30
-MERGED_AT_ONCE = 4  # splits
+MERGED_AT_ONCE = 4  # splits, of up to 16 query heads; of more heads fewer, for want of registers
 
 
 class _Problem(NamedTuple):
@@ -85,7 +85,7 @@ def paged_decode_triton(
         raise NotImplementedError(f"Triton decode takes bfloat16 or float16, not {q.dtype}")
     if H > 256 or group > 128:
         raise NotImplementedError(f"Triton decode: head_dim {H} > 256 or group {group} > 128")
-    config = config or triton_decode_config(H, B, num_kv_heads)
+    config = config or triton_decode_config(H, B, num_kv_heads, group)
     problem = _Problem(
         tile_kv=config.tile_kv,
         group=group,
@@ -274,6 +274,7 @@ def _merge_splits(
 ) -> None:
     first_split, end_split = stretch
     padded_group = pl.next_power_of_2(problem.group)  # no matrix product here
+    at_once = max(1, MERGED_AT_ONCE * 16 // max(16, padded_group))
     heads, is_head, columns, is_real = _heads_and_columns(problem, head, padded_group)
 
     def load(place: Any, mask: jax.Array, other: float) -> jax.Array:
@@ -283,7 +284,7 @@ def _merge_splits(
 
     def add_splits(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, maximum, total = carry
-        splits = [first_split + i * MERGED_AT_ONCE + j for j in range(MERGED_AT_ONCE)]
+        splits = [first_split + i * at_once + j for j in range(at_once)]
         lses, parts = [], []
         for split in splits:  # all loads are under way before the first is used
             is_there = split < end_split
@@ -300,7 +301,7 @@ def _merge_splits(
 
     acc, _, total = lax.fori_loop(
         0,
-        lax.div(end_split - first_split + (MERGED_AT_ONCE - 1), MERGED_AT_ONCE),
+        lax.div(end_split - first_split + (at_once - 1), at_once),
         add_splits,
         (
             jnp.zeros((padded_group, problem.padded_head_dim), jnp.float32),

@@ -14,6 +14,7 @@ FEW_ROWS = 32
 # KV heads of all rows of a decode step, for each SM, up to which they are few: measured with 8
 # heads and 8 to 64 rows.
 FEW_HEADS_PER_SM = 2
+MANY_QUERY_HEADS = 32  # of a KV head: above, four warps have too few registers
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,17 @@ class DecodeConfig:
     min_split_tokens: int = 128
 
 
-def triton_decode_config(head_dim: int, num_rows: int, num_kv_heads: int) -> DecodeConfig:
+def triton_decode_config(
+    head_dim: int, num_rows: int, num_kv_heads: int, group: int
+) -> DecodeConfig:
     """Return the tile sizes for Triton decode with B = ``num_rows``."""
     tile_kv = 32 if head_dim > 128 else 64
+    num_warps = 4 if group <= MANY_QUERY_HEADS else 8
     if num_rows * num_kv_heads <= FEW_HEADS_PER_SM * num_sms():
         # Programs are few. One an SM with a deep ring keeps as much on its way from memory as
         # several with short rings, and there is less to start and to merge.
-        return DecodeConfig(tile_kv=tile_kv, num_stages=5, splits_per_sm=1)
-    return DecodeConfig(tile_kv=tile_kv)
+        return DecodeConfig(tile_kv=tile_kv, num_stages=5, num_warps=num_warps, splits_per_sm=1)
+    return DecodeConfig(tile_kv=tile_kv, num_warps=num_warps)
 
 
 def mosaic_decode_config(head_dim: int, num_rows: int) -> DecodeConfig:

@@ -11,7 +11,16 @@ import pytest
 from pallas_kernels.paged_attention_xla import paged_decode_xla, ragged_attention_xla
 from pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
 from pallas_kernels.paged_decode_triton import paged_decode_triton
+from pallas_kernels.tiles import triton_decode_config
 
+# Rows, KV heads, query heads of each -> stages and warps. Few rows on all SMs, and many.
+DECODE_CONFIGS = {
+    (32, 8, 4): (5, 4),
+    (64, 4, 4): (5, 4),
+    (64, 8, 4): (3, 4),
+    (8, 1, 71): (5, 8),
+    (512, 1, 128): (3, 8),
+}
 FUNCTIONS = {"triton": paged_decode_triton, "mosaic": paged_decode_mosaic, "xla": paged_decode_xla}
 H100 = jax.sharding.AbstractMesh(
     (1,),
@@ -28,8 +37,10 @@ def lower_for_cuda(function: Callable[..., jax.Array], *shapes: Any) -> str:
     return str(lowered.as_text())
 
 
-def decode_shapes(head_dim: int, block_size: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    B, K, G, num_blocks = 8, 2, 4, 33
+def decode_shapes(
+    head_dim: int, block_size: int, dtype: Any, *, B: int = 8, K: int = 2, G: int = 4
+) -> list[jax.ShapeDtypeStruct]:
+    num_blocks = 33
     cache = jax.ShapeDtypeStruct((num_blocks, K, block_size, head_dim), dtype)
     return [
         jax.ShapeDtypeStruct((B, K * G, head_dim), dtype),
@@ -63,6 +74,19 @@ def test_decode_lowers_for_cuda(
     except NotImplementedError as refusal:
         pytest.skip(f"{implementation} refuses: {refusal}")
     assert {"triton": "paged_decode", "mosaic": "mosaic_gpu"}[implementation] in text
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("num_rows", "num_kv_heads", "group"), DECODE_CONFIGS)
+def test_every_triton_configuration_lowers_for_cuda(
+    num_rows: int, num_kv_heads: int, group: int, head_dim: int
+) -> None:
+    config = triton_decode_config(head_dim, num_rows, num_kv_heads, group)
+    assert (config.num_stages, config.num_warps) == DECODE_CONFIGS[num_rows, num_kv_heads, group]
+    shapes = decode_shapes(head_dim, 16, jnp.bfloat16, B=num_rows, K=num_kv_heads, G=group)
+    text = lower_for_cuda(functools.partial(paged_decode_triton, scale=0.1), *shapes)
+    assert f"num_warps = {config.num_warps}" in text
+    assert f"num_stages = {config.num_stages}" in text
 
 
 def test_the_xla_fallback_lowers_for_cuda() -> None:

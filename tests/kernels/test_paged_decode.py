@@ -47,6 +47,7 @@ SHAPES_AND_OPTIONS = {
         {"num_kv_heads": 1, "group": 6, "head_dim": 256, "block_size": 8, "table_width": 48},
         {"sliding_window": 100, "logits_soft_cap": 5.0, "alibi_slopes": ALIBI},
     ),
+    "mqa-64-many-heads": ({"num_kv_heads": 1, "group": 40, "head_dim": 64}, {}),
     "gqa-64-block-128": ({"head_dim": 64, "block_size": 128, "table_width": 3}, {}),
 }
 SMALL = DecodeConfig(tile_kv=64, num_stages=2, splits_per_sm=1 / 8, min_split_tokens=64)
