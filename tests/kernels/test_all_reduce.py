@@ -19,6 +19,7 @@ from pallas_kernels.all_reduce import all_gather, all_reduce
 from pallas_kernels.all_reduce_triton import all_reduce_norm_triton
 from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
 from pallas_kernels.residual_norm import residual_norm, rms_norm
+from tests.kernels.h100 import h100s, lower_for_cuda
 
 AXIS = "tp"
 EPS = 1e-5
@@ -96,16 +97,10 @@ def test_an_unknown_implementation_and_missing_peers_are_named() -> None:
         all_reduce(x, None, axis_name=AXIS, implementation="triton")
 
 
-def lower_for_cuda(
+def lower_sum(
     num_gpus: int, shape: tuple[int, int], layout: InboxLayout, num_parts: int = 0
 ) -> str:
-    mesh = jax.sharding.AbstractMesh(
-        (num_gpus,),
-        (AXIS,),
-        abstract_device=jax.sharding.AbstractDevice(
-            device_kind="NVIDIA H100", num_cores=132, platform="gpu"
-        ),
-    )
+    mesh = h100s(num_gpus, AXIS)
 
     def add(x: jax.Array, addresses: jax.Array, origin: jax.Array) -> jax.Array:
         peers = Peers(addresses, origin, np.int32(0), layout)
@@ -125,9 +120,8 @@ def lower_for_cuda(
             shapes, specs, (jnp.bfloat16, jnp.int32, jnp.int32), strict=True
         )
     ]
-    with jax.sharding.use_abstract_mesh(mesh):
-        sharded = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
-        return jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    sharded = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
+    return lower_for_cuda(sharded, *arguments, mesh=mesh)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +141,7 @@ def lower_for_cuda(
 def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
     num_gpus: int, shape: tuple[int, int], kernel: str | None
 ) -> None:
-    text = lower_for_cuda(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]))
+    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]))
     names = {name for name in ("all_reduce_small", "all_reduce_large") if name in text}
     assert names == ({kernel} if kernel else set())
     assert ("stablehlo.all_reduce" in text) == (kernel is None)
@@ -170,7 +164,7 @@ def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
 def test_every_size_with_a_norm_lowers_for_cuda(
     num_gpus: int, shape: tuple[int, int], num_parts: int, kernels: set[str]
 ) -> None:
-    text = lower_for_cuda(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]), num_parts)
+    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]), num_parts)
     every_kernel = ("small", "large", "norm_small", "norm_large")
     assert {name for name in every_kernel if f'"all_reduce_{name}' in text} == kernels
     assert ("stablehlo.all_reduce" in text) == (not kernels)

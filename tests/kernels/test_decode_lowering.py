@@ -1,7 +1,6 @@
 """Every shipped decode configuration lowers for CUDA, which needs no GPU and no CUDA."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from pallas_kernels.paged_attention_xla import paged_decode_xla, ragged_attentio
 from pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
 from pallas_kernels.paged_decode_triton import paged_decode_triton
 from pallas_kernels.tiles import triton_decode_config
+from tests.kernels.h100 import lower_for_cuda
 
 # Rows, KV heads, query heads of each -> stages and warps. Few rows on all SMs, and many.
 DECODE_CONFIGS = {
@@ -22,19 +22,6 @@ DECODE_CONFIGS = {
     (512, 1, 128): (3, 8),
 }
 FUNCTIONS = {"triton": paged_decode_triton, "mosaic": paged_decode_mosaic, "xla": paged_decode_xla}
-H100 = jax.sharding.AbstractMesh(
-    (1,),
-    ("x",),
-    abstract_device=jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H100", num_cores=132, platform="gpu"
-    ),
-)
-
-
-def lower_for_cuda(function: Callable[..., jax.Array], *shapes: Any) -> str:
-    with jax.sharding.use_abstract_mesh(H100):
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-    return str(lowered.as_text())
 
 
 def decode_shapes(

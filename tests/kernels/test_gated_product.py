@@ -18,6 +18,7 @@ from pallas_kernels.gated_product_mosaic import (
     default_config,
 )
 from pallas_kernels.gated_product_reference import gated_product_reference
+from tests.kernels.h100 import lower_for_cuda
 
 needs_new_jax = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="the gated Mosaic product needs jax 0.11"
@@ -121,12 +122,7 @@ def test_mosaic_lowers(shape: tuple[int, int, int]) -> None:
     num_rows, num_columns, num_in = shape
     x = jax.ShapeDtypeStruct((num_rows, num_in), jnp.bfloat16)
     weight = jax.ShapeDtypeStruct((2, num_columns, num_in), jnp.bfloat16)
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    ):
-        traced = jax.jit(gated_product_mosaic.gated_product_mosaic).trace(x, weight)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lower_for_cuda(gated_product_mosaic.gated_product_mosaic, x, weight)
     assert "gated_product_mosaic" in text
 
 

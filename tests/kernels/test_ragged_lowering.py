@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_attention_mosaic import ragged_attention_mosaic
 from pallas_kernels.ragged_attention_triton import ragged_attention_triton
+from tests.kernels.h100 import lower_for_cuda
 
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
 OPTIONS = {
     "plain": {},
     "window_cap_and_alibi": {"sliding_window": 100, "logits_soft_cap": 30.0, "alibi": True},
@@ -31,7 +31,6 @@ def lower(
     **options: Any,
 ) -> str:
     """Return the program lowered for CUDA, as text."""
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
 
     def call(*arrays: jax.Array) -> jax.Array:
         slopes = jnp.ones((num_heads,)) if alibi else None
@@ -40,9 +39,7 @@ def lower(
     cache = jax.ShapeDtypeStruct((9, num_kv_heads, block_size, head_dim), dtype)
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (4,), (5,), ())]
     q = jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), dtype)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(call).trace(q, cache, cache, *integers)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return lower_for_cuda(call, q, cache, cache, *integers)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

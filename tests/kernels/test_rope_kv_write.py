@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 from pallas_kernels.rope_kv_write_reference import rope_kv_write_reference
 from pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
+from tests.kernels.h100 import lower_for_cuda
 
 NUM_BLOCKS, BLOCK_SIZE = 9, 8
 # (tokens, KV heads, group, head_dim)
@@ -110,13 +111,4 @@ def test_it_lowers_for_cuda(shape, has_norm) -> None:
         norm = HeadNorm(*weights, 1e-6) if has_norm else None
         return rope_kv_write_triton(*arrays, norm=norm, dtype=jnp.bfloat16)
 
-    mesh = jax.sharding.AbstractMesh(
-        (1,),
-        ("x",),
-        abstract_device=jax.sharding.AbstractDevice(
-            device_kind="NVIDIA H100", num_cores=132, platform="gpu"
-        ),
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(run).trace(arrays, (weight, weight)).lower(lowering_platforms=("cuda",))
-    assert "rope_kv_write" in lowered.as_text()
+    assert "rope_kv_write" in lower_for_cuda(run, arrays, (weight, weight))

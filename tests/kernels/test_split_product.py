@@ -15,6 +15,7 @@ from pallas_kernels.few_rows_triton import (
 from pallas_kernels.gated_product import gated_product
 from pallas_kernels.split_product import split_product
 from pallas_kernels.split_product_reference import split_product_reference
+from tests.kernels.h100 import lower_for_cuda
 
 TINY = FewRowsConfig(tile_out=16, tile_in=32, num_splits=2, num_stages=2)
 # (rows, out, in)
@@ -140,9 +141,6 @@ def test_products_lower_for_cuda(shape: tuple[int, int, int]) -> None:
         jax.ShapeDtypeStruct(dims, jnp.bfloat16)
         for dims in ((num_rows, num_in), (num_out, num_in), (2, num_out, num_in))
     ]
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower_for_cuda(run, *arguments)
     assert "split_product" in text
     assert "gated_few_rows" in text

@@ -24,6 +24,7 @@ from jaxengine.weights import param_specs
 from pallas_kernels import gated_product, paged_attention
 from pallas_kernels.gated_product_reference import gated_product_reference
 from pallas_kernels.peers import inbox_layout
+from tests.kernels.h100 import h100s, lower_for_cuda
 
 DECODE = StepShape(4, 4, decode_only=True)
 MIXED = StepShape(16, 4, decode_only=False)
@@ -71,14 +72,6 @@ LLAMA_70B = {
 LARGE_MODELS = {"llama-13b": LLAMA_13B, "llama-70b": LLAMA_70B}
 
 
-def h100s(count: int) -> jax.sharding.AbstractMesh:
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    return jax.sharding.AbstractMesh((count,), (TENSOR_AXIS,), abstract_device=device)
-
-
-H100 = h100s(1)
-
-
 def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gpus: int = 1) -> str:
     sizes = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 8192}
     config = ModelConfig.from_hf({**sizes, **(MODELS | LARGE_MODELS)[name]}, "bfloat16")
@@ -87,7 +80,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
     )
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
-    mesh = H100 if num_gpus == 1 else h100s(num_gpus)
+    mesh = h100s(num_gpus, TENSOR_AXIS)
     parts = StageParts(definition, specs, mesh, range(3))
     layout = None if num_gpus == 1 else inbox_layout(num_gpus, 16384 * config.hidden_size)
     forward = make_forward(shape, parts=parts, block_size=16, inbox_layout=layout)
@@ -104,8 +97,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
         ints(shape.packed_size),
         *([] if layout is None else [ints(num_gpus, 2)]),
     )
-    with jax.sharding.use_abstract_mesh(mesh):
-        return forward.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return lower_for_cuda(forward, *arguments, mesh=mesh)
 
 
 @pytest.mark.parametrize("name", MODELS)
