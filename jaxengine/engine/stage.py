@@ -78,6 +78,7 @@ class Stage:
         self.parts = parts
         self.cache_spec = cache_spec
         self.params: Params = {}
+        self._weights: tuple[jax.Array, ...] = ()  # the same, as steps take them
         self.compile_seconds: dict[StepShape, float] = {}
         self._hidden_size = hidden_size
         self._max_num_seqs = max_num_seqs
@@ -119,6 +120,7 @@ class Stage:
     def start(self, params: Params) -> None:
         """Take the weights and allocate the KV cache and the device-side state."""
         self.params = params
+        self._weights = tuple(params[path] for path in self.parts.specs)
         if self._peer_memory is not None:
             self._peer_memory.allocate()
         self.allocate_state()
@@ -175,7 +177,7 @@ class Stage:
         if buffers is not None:
             others += buffers.take(shape.num_rows)
         self.caches, self.tables, self.last_tokens, *outputs = forward(
-            self.params, self.caches, self.tables, self.last_tokens, packed, *others
+            self._weights, self.caches, self.tables, self.last_tokens, packed, *others
         )
         if buffers is not None:
             buffers.keep(*outputs[:2])
@@ -263,7 +265,7 @@ class Stage:
 
         hidden = zeros(self.cache_spec.dtype, shape.num_tokens, self._hidden_size)
         lowered = forward.lower(
-            {path: spec.abstract(mesh) for path, spec in parts.specs.items()},
+            tuple(spec.abstract(mesh) for spec in parts.specs.values()),
             self.cache_spec.abstract(self.num_blocks, mesh),
             zeros(jnp.int32, *self._table_shape),
             zeros(jnp.int32, self._max_num_seqs),

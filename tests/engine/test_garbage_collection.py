@@ -21,7 +21,7 @@ class Cycle:
 
 
 def num_cycles() -> int:
-    return sum(isinstance(each, Cycle) for each in gc.get_objects())
+    return sum(type(each) is Cycle for each in gc.get_objects())
 
 
 def test_what_is_there_is_left_out_until_its_owner_is_gone() -> None:

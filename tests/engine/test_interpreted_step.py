@@ -78,7 +78,7 @@ def run_step(
     def random(dims: tuple[int, ...], scale: float) -> jax.Array:
         return jnp.asarray(rng.standard_normal(dims) * scale, jnp.bfloat16)
 
-    params = {path: random(spec.shape, 0.15) for path, spec in specs.items()}
+    weights = tuple(random(spec.shape, 0.15) for spec in specs.values())
     cache_spec = KVCacheSpec(
         NUM_LAYERS, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16"
     )
@@ -100,7 +100,7 @@ def run_step(
     parts["num_decode_rows"][0] = sum(query_len == 1 for query_len, _ in rows)
     with jax.set_mesh(mesh):
         new_caches, _, _, _, logits = forward(
-            params, caches, jnp.asarray(tables), jnp.zeros(NUM_SLOTS, jnp.int32), packed
+            weights, caches, jnp.asarray(tables), jnp.zeros(NUM_SLOTS, jnp.int32), packed
         )
     written = [np.asarray(cache, np.float32)[1:] for pair in new_caches for cache in pair]
     return np.asarray(logits, np.float32)[: len(rows)], written

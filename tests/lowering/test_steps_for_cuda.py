@@ -90,7 +90,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
         return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))
 
     arguments = (
-        {path: spec.abstract(mesh) for path, spec in specs.items()},
+        tuple(spec.abstract(mesh) for spec in specs.values()),
         cache_spec.abstract(1000, mesh),
         ints(257, 512),
         ints(256),
