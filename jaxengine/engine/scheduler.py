@@ -119,6 +119,7 @@ class Scheduler:
                 f"raise --max-num-batched-tokens, lower --max-model-len, or enable chunked prefill"
             )
         self.block_pool = block_pool
+        self._caches_prefixes = block_pool.enable_prefix_caching
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -273,7 +274,11 @@ class Scheduler:
             if not row.samples_token or request.status is RequestStatus.FINISHED:
                 continue
             token_id = tokens[row_index]
-            reason, stop_reason = self._append_token(request, token_id)
+            request.num_output_placeholders -= 1  # the oldest one becomes a token
+            request.append_output_token(token_id)
+            reason, stop_reason = request.find_stop() or (None, None)
+            if reason is not None:
+                self._finish(request, reason, stop_reason)
             outputs.append(
                 EngineCoreOutput(
                     request.request_id,
@@ -340,19 +345,26 @@ class Scheduler:
         first_in_pipeline = self._num_scheduled_steps - num_stages + 1
         first_resting = max(first_in_pipeline, self._num_updated_steps)
         most_decode_rows = -(-len(self._running) // self.num_stages)
+        block_size = self.block_pool.block_size
+        # Most of the host's work for a step: what can be decided here calls nothing.
         for request in self._running:  # may lose requests from its end while we go
-            num_tokens = request.num_tokens_with_placeholders
+            num_tokens = len(request.all_token_ids) + request.num_output_placeholders
             if num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
             if request.last_sampling_step >= first_resting:
                 continue
-            is_decode = num_tokens - request.num_computed_tokens == 1
-            if is_decode and step.num_decode_rows == most_decode_rows:
-                continue  # the next group
-            num_new = self._chunk(num_tokens - request.num_computed_tokens, step.budget)
+            num_computed = request.num_computed_tokens
+            num_new = num_tokens - num_computed
+            if num_new == 1:
+                if step.num_decode_rows == most_decode_rows:
+                    continue  # the next group
+                num_new = min(1, step.budget)
+            else:
+                num_new = self._chunk(num_new, step.budget)
             if num_new == 0:
                 break
-            if not self._make_room(request, num_new, step):
+            is_full = num_computed + num_new > len(request.block_ids) * block_size
+            if is_full and not self._make_room(request, num_new, step):
                 break
             self._add_row(request, num_new, step)
 
@@ -416,8 +428,6 @@ class Scheduler:
         """
         num_tokens = request.num_computed_tokens + num_new
         first_index = len(request.block_ids)
-        if num_tokens <= first_index * self.block_pool.block_size:
-            return True
         while (new_block_ids := self._blocks.grow(request, num_tokens)) is None:
             step.is_out_of_blocks = True
             if self._running[-1] is request:
@@ -437,7 +447,8 @@ class Scheduler:
     def _add_row(self, request: Request, num_new: int, step: StepBuilder) -> None:
         step.add_row(request, num_new)
         self._blocks.num_unused_slots -= num_new
-        self._blocks.cache_full_blocks(request)
+        if self._caches_prefixes:
+            self._blocks.cache_full_blocks(request)
 
     def _close_step(self, step: StepBuilder) -> SchedulerOutput:
         self._unused_slot_steps += self._blocks.num_unused_slots
@@ -449,18 +460,6 @@ class Scheduler:
             if row.samples_token:
                 row.request.last_sampling_step = scheduled.step_id
         return scheduled
-
-    def _append_token(
-        self, request: Request, token_id: int
-    ) -> tuple[FinishReason | None, int | None]:
-        """Turn a request's oldest placeholder into a token; end the request if it stops."""
-        request.num_output_placeholders -= 1
-        request.append_output_token(token_id)
-        stop = request.find_stop()
-        if stop is None:
-            return None, None
-        self._finish(request, *stop)
-        return stop
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None

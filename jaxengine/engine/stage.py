@@ -58,7 +58,7 @@ class Stage:
         max_num_seqs: Slots of device-side state.
         max_blocks_per_seq: Width of the block tables.
         program_cache: Keeps the compiled steps between runs; None for jax's own cache alone.
-        output_buffers: Memory that steps of few rows write token ids and logits to; None gives
+        output_buffers: Memory that steps write token ids and logits to again; None gives
             each step new arrays. Only the last stage has any.
         peer_memory: Where its devices write to each other; None lets XLA add up.
     """

@@ -13,6 +13,7 @@ class StepBuilder:
 
     def __init__(self, token_budget: int) -> None:
         self.budget = token_budget  # what is left
+        self.num_decode_rows = 0  # rows of one token
         self.is_out_of_blocks = False
         self.new_block_entries: list[tuple[int, int, list[int]]] = []
         self.admitted: list[Request] = []
@@ -25,11 +26,6 @@ class StepBuilder:
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
         return not self._decode_rows and not self._longer_rows
-
-    @property
-    def num_decode_rows(self) -> int:
-        """Rows of one token."""
-        return len(self._decode_rows)
 
     @property
     def has_unfinished_prompts(self) -> bool:
@@ -47,7 +43,11 @@ class StepBuilder:
         row = ScheduledRow(
             request, num_new_tokens, num_computed, samples_token, num_computed >= num_known
         )
-        (self._decode_rows if num_new_tokens == 1 else self._longer_rows).append(row)
+        if num_new_tokens == 1:
+            self._decode_rows.append(row)
+            self.num_decode_rows += 1
+        else:
+            self._longer_rows.append(row)
         self.budget -= num_new_tokens
 
     def build(self, step_id: int) -> SchedulerOutput:
@@ -55,7 +55,7 @@ class StepBuilder:
         return SchedulerOutput(
             step_id=step_id,
             rows=self._decode_rows + self._longer_rows,
-            num_decode_rows=len(self._decode_rows),
+            num_decode_rows=self.num_decode_rows,
             num_scheduled_tokens=self._token_budget - self.budget,
             new_block_entries=self.new_block_entries,
             admitted=self.admitted,
