@@ -104,8 +104,13 @@ def gated_few_rows_triton(
         interpret: Run on the CPU, in Pallas' interpreter.
 
     Raises:
+        ValueError: If the configuration cuts the inner dimension: nobody would add up the parts.
         NotImplementedError: If the dtype, a size or the activation is not served.
     """
+    if config is not None and config.num_splits != 1:
+        raise ValueError(
+            f"num_splits is {config.num_splits}, but the activation needs whole sums: use 1"
+        )
     if activation == "gelu":  # the error function is none of Triton's
         raise NotImplementedError(f"few rows in Triton: activation {activation}")
     measured = GATED_CONFIGS[16 if x.shape[0] <= 16 else 32]

@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 
 def sum_parts(
-    parts: Float[Array, "S *shape"], dtype: jax.typing.DTypeLike
+    parts: Float[Array, "S *shape"],  # noqa: F821
+    dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "*shape"]:
     """Add up in float32, round once."""
     if parts.shape[0] == 1:

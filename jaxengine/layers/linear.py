@@ -72,7 +72,7 @@ class Linear(nnx.Module):
             self.weight = parameter((*out_shape, *in_shape), dtype, spec)
         self.bias = parameter(out_shape, dtype, P(*out_spec)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+    def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:  # noqa: F821
         """Multiply rows, in a layer whose shards have nothing to add up."""
         assert not self.is_row_parallel, "a row-parallel layer has parts"
         y = self._product(x)
@@ -103,7 +103,7 @@ class Linear(nnx.Module):
         num_rows = math.prod(self.weight.shape[: len(self.weight.shape) - self.num_last_axes])
         return self.weight[...].reshape(num_rows, -1)
 
-    def _product(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+    def _product(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:  # noqa: F821
         shape, rows = self.weight.shape, x.reshape(x.shape[0], -1)
         if self.input_major:
             return (rows @ self.matrix).reshape(x.shape[0], *shape[-self.num_out_axes :])

@@ -120,6 +120,12 @@ def test_the_error_function_is_left_to_xla() -> None:
         gated_product(x, weight, activation="gelu", implementation="triton")
 
 
+def test_the_activation_needs_whole_sums() -> None:
+    x, weight = rows_and_weight((8, 64, 128), "bfloat16", (2,))
+    with pytest.raises(ValueError, match="num_splits is 2"):
+        gated_few_rows_triton(x, weight, activation="silu", config=FewRowsConfig(num_splits=2))
+
+
 def test_wrong_arguments_are_named() -> None:
     x, weight = rows_and_weight((8, 64, 128), "bfloat16")
     with pytest.raises(ValueError, match="'mosaic' is not one of reference, triton"):
