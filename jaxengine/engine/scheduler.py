@@ -119,7 +119,6 @@ class Scheduler:
                 f"raise --max-num-batched-tokens, lower --max-model-len, or enable chunked prefill"
             )
         self.block_pool = block_pool
-        self._caches_prefixes = block_pool.enable_prefix_caching
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -346,21 +345,17 @@ class Scheduler:
         first_resting = max(first_in_pipeline, self._num_updated_steps)
         most_decode_rows = -(-len(self._running) // self.num_stages)
         block_size = self.block_pool.block_size
-        # Most of the host's work for a step: what can be decided here calls nothing.
         for request in self._running:  # may lose requests from its end while we go
-            num_tokens = len(request.all_token_ids) + request.num_output_placeholders
+            num_tokens = request.num_tokens_with_placeholders
             if num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
             if request.last_sampling_step >= first_resting:
                 continue
             num_computed = request.num_computed_tokens
-            num_new = num_tokens - num_computed
-            if num_new == 1:
-                if step.num_decode_rows == most_decode_rows:
-                    continue  # the next group
-                num_new = min(1, step.budget)
-            else:
-                num_new = self._chunk(num_new, step.budget)
+            is_decode = num_tokens - num_computed == 1
+            if is_decode and len(step.decode_rows) == most_decode_rows:
+                continue  # the next group
+            num_new = self._chunk(num_tokens - num_computed, step.budget)
             if num_new == 0:
                 break
             is_full = num_computed + num_new > len(request.block_ids) * block_size
@@ -447,8 +442,7 @@ class Scheduler:
     def _add_row(self, request: Request, num_new: int, step: StepBuilder) -> None:
         step.add_row(request, num_new)
         self._blocks.num_unused_slots -= num_new
-        if self._caches_prefixes:
-            self._blocks.cache_full_blocks(request)
+        self._blocks.cache_full_blocks(request)
 
     def _close_step(self, step: StepBuilder) -> SchedulerOutput:
         self._unused_slot_steps += self._blocks.num_unused_slots

@@ -13,19 +13,18 @@ class StepBuilder:
 
     def __init__(self, token_budget: int) -> None:
         self.budget = token_budget  # what is left
-        self.num_decode_rows = 0  # rows of one token
+        self.decode_rows: list[ScheduledRow] = []  # of one token
         self.is_out_of_blocks = False
         self.new_block_entries: list[tuple[int, int, list[int]]] = []
         self.admitted: list[Request] = []
         self.preempted: list[Request] = []
         self._token_budget = token_budget
-        self._decode_rows: list[ScheduledRow] = []
         self._longer_rows: list[ScheduledRow] = []
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return not self._decode_rows and not self._longer_rows
+        return not self.decode_rows and not self._longer_rows
 
     @property
     def has_unfinished_prompts(self) -> bool:
@@ -43,19 +42,15 @@ class StepBuilder:
         row = ScheduledRow(
             request, num_new_tokens, num_computed, samples_token, num_computed >= num_known
         )
-        if num_new_tokens == 1:
-            self._decode_rows.append(row)
-            self.num_decode_rows += 1
-        else:
-            self._longer_rows.append(row)
+        (self.decode_rows if num_new_tokens == 1 else self._longer_rows).append(row)
         self.budget -= num_new_tokens
 
     def build(self, step_id: int) -> SchedulerOutput:
         """Return the step, its rows of one token first."""
         return SchedulerOutput(
             step_id=step_id,
-            rows=self._decode_rows + self._longer_rows,
-            num_decode_rows=self.num_decode_rows,
+            rows=self.decode_rows + self._longer_rows,
+            num_decode_rows=len(self.decode_rows),
             num_scheduled_tokens=self._token_budget - self.budget,
             new_block_entries=self.new_block_entries,
             admitted=self.admitted,
