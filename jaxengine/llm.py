@@ -347,21 +347,20 @@ class LLM:
                 del self._inboxes[request_id]
             self._abort_all(request_ids)
 
+    @paused_garbage_collection()  # what a step makes is gone when it returns
     def _step(self) -> None:
         """Run one step of the engine; put the outputs that it changed into their inboxes."""
-        with paused_garbage_collection():  # what a step makes is gone at its end
-            result = self.engine.step()
-            if (step := result.step) is None:
-                return
-            if step.prompt_scores is not None:
-                for chunk, arrays in step.prompt_scores.on_host():
-                    self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
-            processed = self._processor.process(result.outputs, step.logprobs())
-            for stopped in processed.stopped:
-                self.engine.finish(stopped.request_id, stopped.stop_reason)
-            for output in processed.request_outputs:
-                self._inboxes[output.request_id].append(output)
-            del result, processed
+        result = self.engine.step()
+        if (step := result.step) is None:
+            return
+        if step.prompt_scores is not None:
+            for chunk, arrays in step.prompt_scores.on_host():
+                self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
+        processed = self._processor.process(result.outputs, step.logprobs())
+        for stopped in processed.stopped:
+            self.engine.finish(stopped.request_id, stopped.stop_reason)
+        for output in processed.request_outputs:
+            self._inboxes[output.request_id].append(output)
 
     def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
