@@ -27,11 +27,18 @@ NUM_TOKENS = 24
 # 0.026 and 0.24 away from float32. In bfloat16 this model is 0.21 and 2.1 away, as far as another
 # token.
 DTYPE, MEAN_ERROR, MOST_ERROR = "float16", 0.05, 0.4
+# The first two prompts need 3 blocks each to their end, there are 4.
+ENGINE = {"dtype": DTYPE, "max_num_seqs": 2, "num_gpu_blocks_override": 5}
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 LAYOUTS = (
     *((2, 1, 1), (1, 2, 1), (1, 1, 2)),
     *((4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2)),
-    *((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)),  # 8 and 4 KV heads: each is there twice
+    *(
+        (8, 1, 1),
+        (4, 2, 1),
+        (2, 2, 2),
+        (1, 1, 8),
+    ),  # in 8, each KV head is there twice
 )
 
 
@@ -53,7 +60,7 @@ def generate(llm: LLM) -> list[list[dict[int, float]]]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[list[dict[int, float]]]:
-    return generate(make_llm(model, dtype=DTYPE, max_num_seqs=2, num_gpu_blocks_override=5))
+    return generate(make_llm(model, **ENGINE))
 
 
 @pytest.mark.skipif(
@@ -67,9 +74,7 @@ def test_several_gpus_give_the_tokens_of_one(
     if math.prod(layout) > len(jax.devices()):
         pytest.skip(f"needs {math.prod(layout)} GPUs")
     parallel = dict(zip(SIZES, layout, strict=True))
-    # The first two need 3 blocks each to their end, there are 4.
-    sizes = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
-    llm = make_llm(model, dtype=DTYPE, **sizes, **parallel)
+    llm = make_llm(model, **ENGINE, **parallel)
     found_first = generate(llm)
     llm.reset_prefix_cache()
     assert generate(llm) == found_first, "GPUs read what the other one has not written yet"

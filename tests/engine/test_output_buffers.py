@@ -160,10 +160,10 @@ def test_what_is_allocated_is_told_and_shares_no_memory() -> None:
     assert sum(array.nbytes for array in arrays) == buffers.num_bytes(row_counts)
 
 
+@pytest.mark.usefixtures("on_cpu_too")
 def test_an_engine_starts_with_all_outputs_that_it_will_write(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "overwrites_outputs", lambda parts: parts.is_last)
     llm = make_llm(chat_model)
     stage = llm.engine.runner.stages[0]
     assert stage.output_buffers is not None
