@@ -19,11 +19,12 @@ PYTEST_ARGS ?= -n 2
 KERNELS_VENV := .venv-kernels
 PYTHON_NEWER ?= python3.12
 
+LINKED := build/types
 MODELS := .models
 DEMO_MODEL := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install demo-model test test-kernels lint format clean
+.PHONY: help quickstart install demo-model test test-kernels lint types format clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -41,10 +42,16 @@ test: $(VENV)/.installed-test $(DEMO_MODEL)  ## Run every test that needs no GPU
 test-kernels: $(KERNELS_VENV)/.installed  ## Run the kernel and lowering tests with jax 0.11 (Python 3.12 or newer)
 	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --noconftest tests/kernels tests/lowering
 
-lint: $(VENV)/.installed-dev  ## Check style, format and types
+lint: $(VENV)/.installed-dev types  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+# mypy does not know setuptools' package-dir: it is shown the tree as it is installed.
+types: $(VENV)/.installed-dev  ## Check types
+	@rm -rf $(LINKED) && mkdir -p $(LINKED)/jaxengine
+	@ln -s $(CURDIR)/jaxengine/* $(CURDIR)/convert $(CURDIR)/pallas_kernels $(LINKED)/jaxengine/
+	cd $(LINKED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache
 
 format: $(VENV)/.installed-dev  ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .

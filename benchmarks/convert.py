@@ -29,7 +29,7 @@ SHARD_BYTES = 1_000_000_000
 
 CONVERT = """
 import sys
-from convert.__main__ import main
+from jaxengine.convert.__main__ import main
 status = main(sys.argv[1:])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("peak_kib", peak.split()[1])

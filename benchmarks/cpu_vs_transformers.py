@@ -26,8 +26,7 @@ import numpy as np
 import torch
 import transformers
 
-import convert
-from jaxengine import LLM, SamplingParams
+from jaxengine import LLM, SamplingParams, convert
 
 TARGETS = {"batch 1": 2.0, "batch 16": 3.0}
 PROMPT = "The history of the lighthouse begins with fires that were lit on"

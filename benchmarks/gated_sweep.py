@@ -18,14 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxengine.pallas_kernels.gated_product_mosaic import GatedProductConfig, gated_product_mosaic
+from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
 from tqdm import tqdm
 
 from benchmarks.device_rates import seconds_per_run
 from benchmarks.products import parse_args
 from benchmarks.records import Record, publish, read_model, run_record
 from jaxengine.engine.compiler_options import compiler_options
-from pallas_kernels.gated_product_mosaic import GatedProductConfig, gated_product_mosaic
-from pallas_kernels.gated_product_reference import gated_product_reference
 
 NUM_WEIGHTS = 4
 CHECKED_ROWS = 256

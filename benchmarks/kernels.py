@@ -23,12 +23,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.paged_attention import (
+    DECODE_FUNCTIONS,
+    RAGGED_FUNCTIONS,
+    paged_attention,
+)
+from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
+from jaxengine.pallas_kernels.tiles import mosaic_decode_config, triton_decode_config
 
 from benchmarks.device_rates import device_rates, seconds_per_run
-from pallas_kernels.backends import load_function
-from pallas_kernels.paged_attention import DECODE_FUNCTIONS, RAGGED_FUNCTIONS, paged_attention
-from pallas_kernels.paged_attention_reference import paged_attention_reference
-from pallas_kernels.tiles import mosaic_decode_config, triton_decode_config
 
 ERROR_LIMIT = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-4}
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.gated_product import gated_product
+from jaxengine.pallas_kernels.split_product import project, split_product
+from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from tqdm import tqdm
 
 from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
 from benchmarks.records import ROOT, Record, publish, read_model, run_record
 from jaxengine.config import ModelConfig
-from pallas_kernels.gated_product import gated_product
-from pallas_kernels.split_product import project, split_product
-from pallas_kernels.tiles import FEW_ROWS
 
 ROWS = (8, 32, 64, 128, 256, 512, 1024, 16384)
 MIN_WEIGHT_BYTES = 512 << 20  # of the weights of one run; an H200's L2 cache holds 60 MB

@@ -17,9 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from pallas_kernels.ragged_attention_mosaic import RaggedMosaicConfig, ragged_attention_mosaic
-from pallas_kernels.ragged_attention_triton import RaggedTritonConfig, ragged_attention_triton
+from jaxengine.pallas_kernels.ragged_attention_mosaic import (
+    RaggedMosaicConfig,
+    ragged_attention_mosaic,
+)
+from jaxengine.pallas_kernels.ragged_attention_triton import (
+    RaggedTritonConfig,
+    ragged_attention_triton,
+)
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5

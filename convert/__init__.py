@@ -1,11 +1,11 @@
 """Reads model checkpoints of any format, and writes them as Orbax checkpoints of our tree."""
 
-from convert import llama, mistral, qwen2, qwen3
-from convert.checkpoint import Checkpoint
-from convert.parameters import Parameter, parameters
-from convert.readers import open_checkpoint
-from convert.rules import register_family
-from convert.save import ConversionSummary, convert_checkpoint
+from jaxengine.convert import llama, mistral, qwen2, qwen3
+from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.parameters import Parameter, parameters
+from jaxengine.convert.readers import open_checkpoint
+from jaxengine.convert.rules import register_family
+from jaxengine.convert.save import ConversionSummary, convert_checkpoint
 
 __all__ = [
     "Checkpoint",

@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 
-from convert.save import convert_checkpoint
-from convert.tensors import DTYPES
+from jaxengine.convert.save import convert_checkpoint
+from jaxengine.convert.tensors import DTYPES
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from convert.tensors import StoredTensor, read
+from jaxengine.convert.tensors import StoredTensor, read
 
 TOKENIZER_FILE_NAMES = (
     "tokenizer.json",

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from convert.checkpoint import Checkpoint, read_json, read_tokenizer_files
-from convert.tensors import MappedTensor
+from jaxengine.convert.checkpoint import Checkpoint, read_json, read_tokenizer_files
+from jaxengine.convert.tensors import MappedTensor
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from convert.checkpoint import Checkpoint
-from convert.gguf_file import GGUFFile, QuantisedTensor, read_gguf
-from convert.gguf_tokenizer import generation_config, tokenizer_files
-from convert.tensors import MappedTensor, StoredTensor, read
+from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.gguf_file import GGUFFile, QuantisedTensor, read_gguf
+from jaxengine.convert.gguf_tokenizer import generation_config, tokenizer_files
+from jaxengine.convert.tensors import MappedTensor, StoredTensor, read
 
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
-
-from convert.tensors import MappedTensor, StoredTensor
+from jaxengine.convert.tensors import MappedTensor, StoredTensor
 
 DEFAULT_ALIGNMENT = 32
 

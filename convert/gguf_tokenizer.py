@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.pretokenizers import NFC_MODELS, PRE_TOKENIZERS, byte_level
+from jaxengine.convert.pretokenizers import NFC_MODELS, PRE_TOKENIZERS, byte_level
 
 Metadata = Mapping[str, Any]
 Json = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from convert.checkpoint import TOKENIZER_FILE_NAMES
+from jaxengine.convert.checkpoint import TOKENIZER_FILE_NAMES
 
 SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILE_NAMES)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convert.rules import Config, Rule, Source, Table, same
+from jaxengine.convert.rules import Config, Rule, Source, Table, same
 
 # Caches of the rotary embedding that old versions of transformers saved.
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")

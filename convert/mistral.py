@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from convert import llama
-from convert.rules import Config, Table
+from jaxengine.convert import llama
+from jaxengine.convert.rules import Config, Table
 
 
 def rules(config: Config) -> Table:

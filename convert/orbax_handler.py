@@ -12,11 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxengine.convert.converted import chunk_path
+from jaxengine.convert.parameters import Parameter
+from jaxengine.convert.tensors import Index
 from tqdm import tqdm
-
-from convert.converted import chunk_path
-from convert.parameters import Parameter
-from convert.tensors import Index
 
 # What is in memory at a time, with as much again of mapped source pages. Larger was not faster.
 BLOCK_BYTES = 32 * 2**20

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-
-from convert.checkpoint import Checkpoint
-from convert.rules import Rule, Table, table_for
-from convert.tensors import DTYPES, Index, StoredTensor, full_index, read_box
+from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.rules import Rule, Table, table_for
+from jaxengine.convert.tensors import DTYPES, Index, StoredTensor, full_index, read_box
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from convert import llama
-from convert.rules import Config, Table, same
+from jaxengine.convert import llama
+from jaxengine.convert.rules import Config, Table, same
 
 
 def rules(config: Config) -> Table:

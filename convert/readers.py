@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from convert import converted, gguf, hub
-from convert.checkpoint import Checkpoint, read_json, read_tokenizer_files
-from convert.safetensors_file import open_safetensors
-from convert.tensors import StoredTensor
-from convert.torch_file import open_torch_file
+from jaxengine.convert import converted, gguf, hub
+from jaxengine.convert.checkpoint import Checkpoint, read_json, read_tokenizer_files
+from jaxengine.convert.safetensors_file import open_safetensors
+from jaxengine.convert.tensors import StoredTensor
+from jaxengine.convert.torch_file import open_torch_file
 
 OpenFile = Callable[[Path], Mapping[str, StoredTensor]]
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-from convert.tensors import MappedTensor
+from jaxengine.convert.tensors import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxengine.convert import converted
+from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.parameters import Parameter, parameters
+from jaxengine.convert.readers import open_checkpoint
 from tqdm import tqdm
-
-from convert import converted
-from convert.checkpoint import Checkpoint
-from convert.parameters import Parameter, parameters
-from convert.readers import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ def _small_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, bytes]:
 def _write_parameters(directory: Path, tree: list[Parameter], bar: tqdm[Any]) -> None:
     """Write the Orbax checkpoint."""
     import orbax.checkpoint as ocp
-
-    from convert.orbax_handler import StreamingHandler
+    from jaxengine.convert.orbax_handler import StreamingHandler
 
     registry = ocp.type_handlers.create_type_handler_registry((Parameter, StreamingHandler(bar)))
     handler = ocp.PyTreeCheckpointHandler(

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-
-from convert.tensors import MappedTensor
+from jaxengine.convert.tensors import MappedTensor
 
 DTYPES: dict[str, Any] = {
     "float64": np.float64,

@@ -6,6 +6,8 @@ Names are imported when they are first used (PEP 562), so that what needs no jax
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxengine.checkout import find_packages_beside
+
 if TYPE_CHECKING:
     from jaxengine.config import EngineConfig
     from jaxengine.llm import LLM
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
+
+find_packages_beside()
 
 _HOMES = {
     "LLM": "llm",
@@ -43,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxengine' has no attribute {name!r}")
     return getattr(import_module(f"jaxengine.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

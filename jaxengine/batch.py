@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.peers import Peers
+from jaxengine.pallas_kernels.peers import Peers
 
 
 @jax.tree_util.register_dataclass

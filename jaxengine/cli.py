@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import convert.__main__
 import jaxengine
+import jaxengine.convert.__main__
 from jaxengine.cli_arguments import (
     add_engine_arguments,
     add_sampling_arguments,
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "convert":
-        return convert.__main__.main(rest)
+        return jaxengine.convert.__main__.main(rest)
     if command not in COMMANDS:
         _parse_no_command(command)
     run, make_parser = COMMANDS[command]

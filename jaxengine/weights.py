@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-import convert
-from convert import Checkpoint, Parameter
-from convert.checkpoint import read_tokenizer_files
+from jaxengine import convert
+from jaxengine.convert import Checkpoint, Parameter
+from jaxengine.convert.checkpoint import read_tokenizer_files
 
 __all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
            "param_specs", "random_params"]  # fmt: skip

@@ -5,10 +5,9 @@ are faster with a kernel that writes there, which needs to know where: ``Peers``
 """
 
 import jax
+from jaxengine.pallas_kernels.all_reduce_triton import all_gather_triton, all_reduce_triton
+from jaxengine.pallas_kernels.peers import Peers
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.all_reduce_triton import all_gather_triton, all_reduce_triton
-from pallas_kernels.peers import Peers
 
 
 def all_reduce(

@@ -36,10 +36,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
+from jaxengine.pallas_kernels.residual_norm_triton import add_row, add_up, normalised
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
-from pallas_kernels.residual_norm_triton import add_row, add_up, normalised
 
 PACKED = 4  # numbers of a thread in a small array: two packets of 8 bytes, half of it data
 VECTOR = 8  # numbers of one 16-byte store in a large one

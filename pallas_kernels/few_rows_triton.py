@@ -21,10 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.gated_product_reference import ACTIVATIONS
+from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
-
-from pallas_kernels.gated_product_reference import ACTIVATIONS
-from pallas_kernels.tiles import FEW_ROWS
 
 MIN_ROWS_OF_DOT = 16
 

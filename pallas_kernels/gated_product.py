@@ -4,17 +4,20 @@ As two operations, the product writes 2F numbers a row to memory, of which the a
 """
 
 import jax
+from jaxengine.pallas_kernels.backends import is_hopper, load_function
+from jaxengine.pallas_kernels.gated_product_reference import (
+    ACTIVATIONS,
+    gate,
+    gated_product_reference,
+)
+from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
-
-from pallas_kernels.backends import is_hopper, load_function
-from pallas_kernels.gated_product_reference import ACTIVATIONS, gate, gated_product_reference
-from pallas_kernels.tiles import FEW_ROWS
 
 __all__ = ["ACTIVATIONS", "gate", "gated_product"]
 
 FUNCTIONS = {
-    "triton": "pallas_kernels.few_rows_triton:gated_few_rows_triton",
-    "mosaic": "pallas_kernels.gated_product_mosaic:gated_product_mosaic",
+    "triton": "jaxengine.pallas_kernels.few_rows_triton:gated_few_rows_triton",
+    "mosaic": "jaxengine.pallas_kernels.gated_product_mosaic:gated_product_mosaic",
 }
 # From here on Mosaic's kernel is faster, by measurement (an H100, D = 4096, F = 14336,
 # benchmarks/LOG.md): 256 rows 101 us where XLA's two take 112, 2048 rows 710 instead of 739, 16384

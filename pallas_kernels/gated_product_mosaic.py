@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.tiles import num_sms
 from jaxtyping import Array, Float
-
-from pallas_kernels.tiles import num_sms
 
 LOG2_E = 1.4426950408889634
 ROWS = 64  # matrix rows of a warpgroup: the M of wgmma

@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.split_product_reference import project
 from jaxtyping import Array, Float
-
-from pallas_kernels.split_product_reference import project
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

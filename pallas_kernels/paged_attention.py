@@ -11,21 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.backends import is_hopper, load_function
+from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.backends import is_hopper, load_function
-from pallas_kernels.paged_attention_reference import paged_attention_reference
 
 # Modules are imported when first asked: a CPU run never pays for the Pallas GPU backends.
 DECODE_FUNCTIONS = {
-    "xla": "pallas_kernels.paged_attention_xla:paged_decode_xla",
-    "triton": "pallas_kernels.paged_decode_triton:paged_decode_triton",
-    "mosaic": "pallas_kernels.paged_decode_mosaic:paged_decode_mosaic",
+    "xla": "jaxengine.pallas_kernels.paged_attention_xla:paged_decode_xla",
+    "triton": "jaxengine.pallas_kernels.paged_decode_triton:paged_decode_triton",
+    "mosaic": "jaxengine.pallas_kernels.paged_decode_mosaic:paged_decode_mosaic",
 }
 RAGGED_FUNCTIONS = {
-    "xla": "pallas_kernels.paged_attention_xla:ragged_attention_xla",
-    "triton": "pallas_kernels.ragged_attention_triton:ragged_attention_triton",
-    "mosaic": "pallas_kernels.ragged_attention_mosaic:ragged_attention_mosaic",
+    "xla": "jaxengine.pallas_kernels.paged_attention_xla:ragged_attention_xla",
+    "triton": "jaxengine.pallas_kernels.ragged_attention_triton:ragged_attention_triton",
+    "mosaic": "jaxengine.pallas_kernels.ragged_attention_mosaic:ragged_attention_mosaic",
 }
 # Fastest first, by measurement (benchmarks/LOG.md).
 GPU_DECODE_ORDER = ("triton", "mosaic", "xla")

@@ -22,10 +22,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jaxengine.pallas_kernels.decode_splits import (
+    DecodeMerges,
+    DecodeSplits,
+    split_merges,
+    split_rows,
+)
+from jaxengine.pallas_kernels.tiles import DecodeConfig, mosaic_decode_config, num_extra_splits
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.decode_splits import DecodeMerges, DecodeSplits, split_merges, split_rows
-from pallas_kernels.tiles import DecodeConfig, mosaic_decode_config, num_extra_splits
 
 plgpu: Any = mosaic_gpu  # its signatures differ between versions of jax
 

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.decode_splits import split_rows
+from jaxengine.pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_config
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.decode_splits import split_rows
-from pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_config
 
 LOG2_E = math.log2(math.e)
 # Starting maximum: finite, so that a tile whose keys are all masked gives 0 and not NaN.

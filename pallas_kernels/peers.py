@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxengine.pallas_kernels.tiles import num_sms
 from jaxtyping import Array, Int
-
-from pallas_kernels.tiles import num_sms
 
 PARITIES = 2  # inboxes of even and of odd calls
 SMALL_TILE = 512  # numbers of a program that sends packets

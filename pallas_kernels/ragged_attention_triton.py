@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.ragged_tiles import build_ragged_tiles, key_tiles
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.ragged_tiles import build_ragged_tiles, key_tiles
 
 LOG2_E = math.log2(math.e)
 # Starting maximum: finite, so that a row whose keys are all masked gives 0 and not NaN.

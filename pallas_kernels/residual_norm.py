@@ -5,14 +5,17 @@ mostly launches, so that where it is small a kernel does all of it; elsewhere XL
 """
 
 import jax
+from jaxengine.pallas_kernels.all_reduce import all_reduce
+from jaxengine.pallas_kernels.all_reduce_triton import all_reduce_norm_triton
+from jaxengine.pallas_kernels.peers import Peers
+from jaxengine.pallas_kernels.residual_norm_reference import (
+    residual_norm_reference,
+    rms_norm,
+    sum_parts,
+)
+from jaxengine.pallas_kernels.residual_norm_triton import residual_norm_triton
+from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
-
-from pallas_kernels.all_reduce import all_reduce
-from pallas_kernels.all_reduce_triton import all_reduce_norm_triton
-from pallas_kernels.peers import Peers
-from pallas_kernels.residual_norm_reference import residual_norm_reference, rms_norm, sum_parts
-from pallas_kernels.residual_norm_triton import residual_norm_triton
-from pallas_kernels.tiles import FEW_ROWS
 
 __all__ = ["residual_norm", "residual_sum", "rms_norm", "sum_parts"]
 

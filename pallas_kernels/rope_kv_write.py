@@ -5,10 +5,9 @@ the Triton one is a single launch.
 """
 
 import jax
+from jaxengine.pallas_kernels.rope_kv_write_reference import HeadNorm, rope_kv_write_reference
+from jaxengine.pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.rope_kv_write_reference import HeadNorm, rope_kv_write_reference
-from pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
 
 __all__ = ["HeadNorm", "rope_kv_write"]
 

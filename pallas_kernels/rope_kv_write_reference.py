@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.residual_norm_reference import rms_norm, sum_parts
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.residual_norm_reference import rms_norm, sum_parts
 
 
 class HeadNorm(NamedTuple):

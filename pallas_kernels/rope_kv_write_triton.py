@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.residual_norm_triton import add_up
+from jaxengine.pallas_kernels.rope_kv_write_reference import HeadNorm
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels.residual_norm_triton import add_up
-from pallas_kernels.rope_kv_write_reference import HeadNorm
 
 
 class _Problem(NamedTuple):

@@ -6,14 +6,13 @@ would be a kernel of its own; the ops that take its result anyway add them up on
 """
 
 import jax
+from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.split_product_reference import project, split_product_reference
 from jaxtyping import Array, Float
-
-from pallas_kernels.backends import load_function
-from pallas_kernels.split_product_reference import project, split_product_reference
 
 __all__ = ["project", "split_product"]
 
-TRITON = "pallas_kernels.few_rows_triton:split_product_triton"
+TRITON = "jaxengine.pallas_kernels.few_rows_triton:split_product_triton"
 
 
 def split_product(

@@ -4,9 +4,9 @@ import os
 import signal
 from typing import ClassVar
 
+import jaxengine.convert.__main__
 import pytest
 
-import jaxengine.cli
 from jaxengine import cli
 from jaxengine.cli_arguments import human_int, hyphenate
 from jaxengine.cli_chat import Chat
@@ -175,7 +175,7 @@ def test_the_help_of_a_flag_is_the_docstring_of_its_field(capsys) -> None:
 
 def test_convert_is_handed_to_the_converter(monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(jaxengine.cli.convert.__main__, "main", lambda rest: seen.append(rest) or 0)
+    monkeypatch.setattr(jaxengine.convert.__main__, "main", lambda rest: seen.append(rest) or 0)
     assert run("convert", "source", "out_dir", "--dtype", "float32")[0] == 0
     assert seen == [["source", "out_dir", "--dtype", "float32"]]
 

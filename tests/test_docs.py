@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxengine.convert import rules
 
-import convert.rules
 from jaxengine import ModelRegistry
 from tests.helpers import hf_logits, our_logits, save_tiny_model
 
@@ -28,7 +28,7 @@ def test_the_model_added_in_the_document_equals_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelRegistry, "_models", dict(ModelRegistry._models))
-    monkeypatch.setattr(convert.rules, "_families", dict(convert.rules._families))
+    monkeypatch.setattr(rules, "_families", dict(rules._families))
     (code,) = code_blocks("docs/models.md", "python")
     exec(compile(code, "docs/models.md", "exec"), {"__name__": "outside_package"})
     model = save_tiny_model(tmp_path, "Gemma", num_key_value_heads=1, head_dim=16)

@@ -30,6 +30,10 @@ def test_every_name_offered_is_there(name: str) -> None:
     assert getattr(jaxengine, name).__doc__
 
 
+def test_the_names_offered_are_those_that_a_prompt_completes() -> None:
+    assert set(dir(jaxengine)) == set(jaxengine.__all__)
+
+
 def test_a_name_not_offered_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         jaxengine.LLMs  # noqa: B018

@@ -237,7 +237,7 @@ def demo_model() -> Path | None:
 
 @pytest.mark.skipif(demo_model() is None, reason="the demo model is not there")
 def test_smollm2_deltas_join_to_the_decoded_text(tmp_path) -> None:
-    from convert import open_checkpoint
+    from jaxengine.convert import open_checkpoint
 
     open_checkpoint(demo_model()).write_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import convert
+from jaxengine import convert
 from jaxengine.config import ModelConfig
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
@@ -227,7 +227,8 @@ def outside_architecture() -> Iterator[str]:
 def test_an_outside_package_can_register_a_model_and_its_rules(
     sources: dict[str, Path], model: Any, outside_architecture: str
 ) -> None:
-    from convert.llama import rules
+    from jaxengine.convert.llama import rules
+
     from jaxengine.models.llama import LlamaForCausalLM
 
     overrides = {"architectures": [outside_architecture]}

@@ -24,9 +24,9 @@ from jaxengine.engine.stage import Stage
 from jaxengine.engine.step import StageParts
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
+from jaxengine.pallas_kernels.peers import inbox_layout
 from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
-from pallas_kernels.peers import inbox_layout
 
 
 @dataclasses.dataclass(frozen=True)

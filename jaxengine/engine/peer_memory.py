@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from jaxengine.pallas_kernels.peers import InboxLayout
 from jaxengine.sharding import TENSOR_AXIS, replicate, replicated
-from pallas_kernels.peers import InboxLayout
 
 # Of XLA's allocators those whose memory other GPUs can reach once peer access is on.
 REACHABLE_ALLOCATORS = ("", "default", "bfc", "platform")

@@ -25,7 +25,7 @@ from jaxengine.engine.compiler_options import CompilerOptions
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("jaxengine", "pallas_kernels")
+PACKAGES = ("jaxengine", "jaxengine.pallas_kernels")
 LIBRARIES = ("jax", "flax", "numpy")  # what traces and lowers; XLA names itself
 # Importing it says where the library is that a compiled Mosaic kernel calls. Who traces such a
 # kernel has imported it; who only loads one has not, and fails: "Failed to lookup host symbol".

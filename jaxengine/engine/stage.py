@@ -20,9 +20,9 @@ from jaxengine.engine.output_buffers import OutputBuffers
 from jaxengine.engine.peer_memory import PeerMemory
 from jaxengine.engine.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.step import StageParts, apply_table_updates, make_forward
+from jaxengine.pallas_kernels.peers import InboxLayout
 from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
-from pallas_kernels.peers import InboxLayout
 
 TABLE_UPDATE_SIZE = 4096  # entries of one overflow update
 

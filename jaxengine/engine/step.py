@@ -21,9 +21,9 @@ from jaxengine.engine.kv_cache import CACHE_SPEC
 from jaxengine.engine.logprobs import TokenLogprobs, prompt_logprobs
 from jaxengine.layers.vocabulary import argmax_over_shards
 from jaxengine.models.decoder import LayerCaches
+from jaxengine.pallas_kernels.peers import InboxLayout, Peers
 from jaxengine.sharding import LOGITS_SPEC, TENSOR_AXIS
 from jaxengine.weights import ParamSpec, merge_params
-from pallas_kernels.peers import InboxLayout, Peers
 
 # Below, a last layer for the rows' last tokens alone would cost another set of products and kernels
 # at compilation, and spare little: a step of so few tokens waits for the weights.

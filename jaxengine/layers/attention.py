@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from jaxengine.batch import InputBatch
 from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import RMSNorm
+from jaxengine.pallas_kernels.paged_attention import paged_attention
+from jaxengine.pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 from jaxengine.sharding import TENSOR_AXIS
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.all_reduce import all_reduce
+from jaxengine.pallas_kernels.peers import Peers
+from jaxengine.pallas_kernels.residual_norm import residual_sum
+from jaxengine.pallas_kernels.split_product import project, split_product
 from jaxengine.sharding import TENSOR_AXIS
-from pallas_kernels.all_reduce import all_reduce
-from pallas_kernels.peers import Peers
-from pallas_kernels.residual_norm import residual_sum
-from pallas_kernels.split_product import project, split_product
 
 
 def parameter(

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxengine.layers.linear import Linear
+from jaxengine.pallas_kernels.gated_product import ACTIVATIONS, gate, gated_product
 from jaxengine.sharding import TENSOR_AXIS
-from pallas_kernels.gated_product import ACTIVATIONS, gate, gated_product
 
 
 class GatedMLP(nnx.Module):

@@ -7,9 +7,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxengine.layers.linear import add_parts, parameter
+from jaxengine.pallas_kernels.peers import Peers
+from jaxengine.pallas_kernels.residual_norm import residual_norm, rms_norm
 from jaxengine.sharding import TENSOR_AXIS
-from pallas_kernels.peers import Peers
-from pallas_kernels.residual_norm import residual_norm, rms_norm
 
 
 class RMSNorm(nnx.Module):

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.all_reduce import all_gather
+from jaxengine.pallas_kernels.peers import Peers
 from jaxengine.sharding import TENSOR_AXIS
-from pallas_kernels.all_reduce import all_gather
-from pallas_kernels.peers import Peers
 
 
 def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
-import convert
+from jaxengine import convert
 from jaxengine.config import ModelConfig
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.llama import LlamaForCausalLM

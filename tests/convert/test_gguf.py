@@ -6,10 +6,10 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
+from jaxengine.convert import open_checkpoint, parameters
+from jaxengine.convert.gguf_file import read_gguf
+from jaxengine.convert.tensors import read
 
-from convert import open_checkpoint, parameters
-from convert.gguf_file import read_gguf
-from convert.tensors import read
 from tests.convert.tiny import assert_same_tree, expected_parameters, make_model
 from tests.convert.tiny_gguf import demo_model, finish, permuted, write_model
 

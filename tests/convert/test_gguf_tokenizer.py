@@ -7,12 +7,12 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxengine.convert import Checkpoint, open_checkpoint
+from jaxengine.convert.gguf_file import read_gguf
+from jaxengine.convert.gguf_tokenizer import generation_config, tokenizer_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from convert import Checkpoint, open_checkpoint
-from convert.gguf_file import read_gguf
-from convert.gguf_tokenizer import generation_config, tokenizer_files
 from tests.convert.tiny_gguf import demo_model, finish
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxengine.convert import Checkpoint, open_checkpoint, parameters, register_family
+from jaxengine.convert.rules import Table, same
 
-from convert import Checkpoint, open_checkpoint, parameters, register_family
-from convert.rules import Table, same
 from tests.convert.tiny import (
     FAMILIES,
     assert_same_tree,

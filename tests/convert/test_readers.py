@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jaxengine.convert import hub, open_checkpoint
 
-from convert import hub, open_checkpoint
 from tests.convert.tiny import make_model, save_model
 
 

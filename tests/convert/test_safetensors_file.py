@@ -4,10 +4,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from jaxengine.convert.safetensors_file import open_safetensors
+from jaxengine.convert.tensors import read
 from safetensors.numpy import save_file
-
-from convert.safetensors_file import open_safetensors
-from convert.tensors import read
 
 
 def write_raw(path: Path, header: object, data: bytes = b"") -> Path:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxengine.convert import convert_checkpoint, open_checkpoint, parameters, save
+from jaxengine.convert.__main__ import main
+from jaxengine.convert.orbax_handler import blocks
 
-from convert import convert_checkpoint, open_checkpoint, parameters, save
-from convert.__main__ import main
-from convert.orbax_handler import blocks
 from tests.convert.tiny import FAMILIES, assert_same_tree, expected_parameters, save_model
 from tests.convert.tiny_gguf import demo_model
 
@@ -99,7 +99,7 @@ SHARDED = """
 import sys
 import jax, numpy as np, orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from convert import open_checkpoint, parameters
+from jaxengine.convert import open_checkpoint, parameters
 mesh = jax.make_mesh((2,), ("tp",))
 expected = {p.path: p for p in parameters(open_checkpoint(sys.argv[1]))}
 shardings = {path: NamedSharding(mesh, P(None, "tp") if len(p.shape) > 1 else P())
@@ -173,7 +173,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(
     def fail(*_: Any) -> Iterator[Any]:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("convert.orbax_handler.blocks", fail)
+    monkeypatch.setattr("jaxengine.convert.orbax_handler.blocks", fail)
     with pytest.raises(OSError, match="No space left"):
         convert_quietly(source, source.with_name("out"))
     assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
@@ -183,7 +183,7 @@ def test_a_disk_that_is_too_small_is_refused_before_writing(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("convert.save.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxengine.convert.save.shutil.disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"the parameters need .* GB, .* smaller --dtype"):
         convert_quietly(source, source.with_name("out"))
 
@@ -193,7 +193,7 @@ KILLER = """
 import os, signal, sys
 source, out, name, at = sys.argv[1:]
 import orbax.checkpoint
-from convert import convert_checkpoint
+from jaxengine.convert import convert_checkpoint
 original, calls = getattr(os, name), []
 def killing(*args, **kwargs):
     calls.append(args)
@@ -263,7 +263,7 @@ def test_a_conversion_killed_at_any_moment_is_complete_or_says_it_is_not(
 ) -> None:
     out = source.with_name("out")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "convert", str(source), str(out)]
+    command = [sys.executable, "-m", "jaxengine.convert", str(source), str(out)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while process.poll() is None and not any(source.parent.glob("out*")):
         time.sleep(0.001)

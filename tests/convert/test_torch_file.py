@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jaxengine.convert import open_checkpoint, parameters
+from jaxengine.convert.tensors import read
+from jaxengine.convert.torch_file import open_torch_file
 
-from convert import open_checkpoint, parameters
-from convert.tensors import read
-from convert.torch_file import open_torch_file
 from tests.convert.tiny import assert_same_tree, expected_parameters, make_model
 
 

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from pallas_kernels.paged_attention_reference import paged_attention_reference
+from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
 
 
 class Problem(NamedTuple):

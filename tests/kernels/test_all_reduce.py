@@ -8,17 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxengine.pallas_kernels.peers as peers_module
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxengine.pallas_kernels import all_reduce_triton
+from jaxengine.pallas_kernels.all_reduce import all_gather, all_reduce
+from jaxengine.pallas_kernels.all_reduce_triton import all_reduce_norm_triton
+from jaxengine.pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
+from jaxengine.pallas_kernels.residual_norm import residual_norm, rms_norm
 
-import pallas_kernels.peers as peers_module
-from pallas_kernels import all_reduce_triton
-from pallas_kernels.all_reduce import all_gather, all_reduce
-from pallas_kernels.all_reduce_triton import all_reduce_norm_triton
-from pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
-from pallas_kernels.residual_norm import residual_norm, rms_norm
 from tests.kernels.h100 import h100s, lower_for_cuda
 
 AXIS = "tp"

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxengine.pallas_kernels.paged_attention_xla import paged_decode_xla, ragged_attention_xla
+from jaxengine.pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
+from jaxengine.pallas_kernels.paged_decode_triton import paged_decode_triton
+from jaxengine.pallas_kernels.tiles import triton_decode_config
 
-from pallas_kernels.paged_attention_xla import paged_decode_xla, ragged_attention_xla
-from pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
-from pallas_kernels.paged_decode_triton import paged_decode_triton
-from pallas_kernels.tiles import triton_decode_config
 from tests.kernels.h100 import lower_for_cuda
 
 # Rows, KV heads, query heads of each -> stages and warps. Few rows on all SMs, and many.

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pallas_kernels.decode_splits import DecodeSplits, split_merges, split_rows
+from jaxengine.pallas_kernels.decode_splits import DecodeSplits, split_merges, split_rows
 
 NUM_ROWS = 6
 NUM_EXTRA = 4

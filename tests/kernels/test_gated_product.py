@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from pallas_kernels import gated_product as op
-from pallas_kernels import gated_product_mosaic
-from pallas_kernels.gated_product import ACTIVATIONS, gated_product
-from pallas_kernels.gated_product_mosaic import (
+from jaxengine.pallas_kernels import gated_product as op
+from jaxengine.pallas_kernels import gated_product_mosaic
+from jaxengine.pallas_kernels.gated_product import ACTIVATIONS, gated_product
+from jaxengine.pallas_kernels.gated_product_mosaic import (
     GatedProductConfig,
     best_tile_columns,
     default_config,
 )
-from pallas_kernels.gated_product_reference import gated_product_reference
+from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
+
 from tests.kernels.h100 import lower_for_cuda
 
 needs_new_jax = pytest.mark.skipif(

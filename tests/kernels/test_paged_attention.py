@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxengine.pallas_kernels import paged_attention as op_module
+from jaxengine.pallas_kernels.paged_attention import paged_attention
 
-from pallas_kernels import paged_attention as op_module
-from pallas_kernels.paged_attention import paged_attention
 from tests.kernels.problems import (
     Problem,
     decode_problem,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.paged_attention_xla import paged_decode_xla
+from jaxengine.pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
+from jaxengine.pallas_kernels.paged_decode_triton import paged_decode_triton
+from jaxengine.pallas_kernels.tiles import DecodeConfig
 
-from pallas_kernels.paged_attention_xla import paged_decode_xla
-from pallas_kernels.paged_decode_mosaic import paged_decode_mosaic
-from pallas_kernels.paged_decode_triton import paged_decode_triton
-from pallas_kernels.tiles import DecodeConfig
 from tests.kernels.problems import Problem, decode_problem, expected, scale, tolerance
 
 needs_mosaic_interpreter = pytest.mark.skipif(
@@ -136,4 +136,4 @@ def test_decode_equals_the_reference_on_many_random_rows(implementation: str, se
 
 def test_kernel_modules_import_without_a_gpu() -> None:
     for module in ("paged_decode_triton", "paged_decode_mosaic"):
-        assert importlib.import_module(f"pallas_kernels.{module}")
+        assert importlib.import_module(f"jaxengine.pallas_kernels.{module}")

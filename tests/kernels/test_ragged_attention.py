@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from pallas_kernels.paged_attention_reference import paged_attention_reference
-from pallas_kernels.ragged_attention_mosaic import RaggedMosaicConfig, ragged_attention_mosaic
-from pallas_kernels.ragged_attention_triton import RaggedTritonConfig, ragged_attention_triton
+from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
+from jaxengine.pallas_kernels.ragged_attention_mosaic import (
+    RaggedMosaicConfig,
+    ragged_attention_mosaic,
+)
+from jaxengine.pallas_kernels.ragged_attention_triton import (
+    RaggedTritonConfig,
+    ragged_attention_triton,
+)
 
 SMALL = RaggedTritonConfig(rows=16, tile_kv=16, num_warps=4, num_stages=2)
 SMALL_MOSAIC = RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=True, num_programs=2)

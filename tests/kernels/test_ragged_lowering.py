@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.ragged_attention_mosaic import ragged_attention_mosaic
+from jaxengine.pallas_kernels.ragged_attention_triton import ragged_attention_triton
 
-from pallas_kernels.ragged_attention_mosaic import ragged_attention_mosaic
-from pallas_kernels.ragged_attention_triton import ragged_attention_triton
 from tests.kernels.h100 import lower_for_cuda
 
 OPTIONS = {

@@ -1,8 +1,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from pallas_kernels.ragged_tiles import RaggedTiles, build_ragged_tiles, key_tiles, max_num_tiles
+from jaxengine.pallas_kernels.ragged_tiles import (
+    RaggedTiles,
+    build_ragged_tiles,
+    key_tiles,
+    max_num_tiles,
+)
 
 
 def build(

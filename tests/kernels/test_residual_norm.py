@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-
-from pallas_kernels.residual_norm import residual_norm, residual_sum
-from pallas_kernels.residual_norm_reference import residual_norm_reference, rms_norm, sum_parts
-from pallas_kernels.residual_norm_triton import residual_norm_triton
+from jaxengine.pallas_kernels.residual_norm import residual_norm, residual_sum
+from jaxengine.pallas_kernels.residual_norm_reference import (
+    residual_norm_reference,
+    rms_norm,
+    sum_parts,
+)
+from jaxengine.pallas_kernels.residual_norm_triton import residual_norm_triton
 
 AXIS = "tp"
 EPS = 1e-5

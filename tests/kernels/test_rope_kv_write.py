@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxengine.pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
+from jaxengine.pallas_kernels.rope_kv_write_reference import rope_kv_write_reference
+from jaxengine.pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
 
-from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
-from pallas_kernels.rope_kv_write_reference import rope_kv_write_reference
-from pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
 from tests.kernels.h100 import lower_for_cuda
 
 NUM_BLOCKS, BLOCK_SIZE = 9, 8

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from pallas_kernels.few_rows_triton import (
+from jaxengine.pallas_kernels.few_rows_triton import (
     FewRowsConfig,
     gated_few_rows_triton,
     split_product_triton,
 )
-from pallas_kernels.gated_product import gated_product
-from pallas_kernels.split_product import split_product
-from pallas_kernels.split_product_reference import split_product_reference
+from jaxengine.pallas_kernels.gated_product import gated_product
+from jaxengine.pallas_kernels.split_product import split_product
+from jaxengine.pallas_kernels.split_product_reference import split_product_reference
+
 from tests.kernels.h100 import lower_for_cuda
 
 TINY = FewRowsConfig(tile_out=16, tile_in=32, num_splits=2, num_stages=2)

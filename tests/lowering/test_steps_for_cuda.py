@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
+from jaxengine.pallas_kernels import gated_product, paged_attention
+from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
+from jaxengine.pallas_kernels.peers import inbox_layout
 
 from jaxengine.batch import StepShape
 from jaxengine.config import ModelConfig
@@ -21,9 +24,6 @@ from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import TENSOR_AXIS, replicated
 from jaxengine.weights import param_specs
-from pallas_kernels import gated_product, paged_attention
-from pallas_kernels.gated_product_reference import gated_product_reference
-from pallas_kernels.peers import inbox_layout
 from tests.kernels.h100 import h100s, lower_for_cuda
 
 DECODE = StepShape(4, 4, decode_only=True)
