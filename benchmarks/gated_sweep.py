@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.device_rates import seconds_per_run
 from benchmarks.products import parse_args
 from benchmarks.records import Record, publish, read_model, run_record
-from jaxengine.engine.compiler_options import compiler_options
+from jaxengine.engine.device.compiler_options import compiler_options
 
 NUM_WEIGHTS = 4
 CHECKED_ROWS = 256

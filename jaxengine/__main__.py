@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxengine.cli import main
+from jaxengine.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

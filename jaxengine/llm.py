@@ -1,41 +1,33 @@
 """LLM: prompts in, RequestOutputs out. The offline API, with vLLM's names."""
 
 import collections
-import contextlib
 import itertools
 import os
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
 from jaxengine.config import EngineConfig
 from jaxengine.distributed.launch import start_leader
-from jaxengine.engine import memory
 from jaxengine.engine.garbage_collection import (
     exempt_from_garbage_collection,
     paused_garbage_collection,
 )
 from jaxengine.engine.replicas import build_replicas, startup_text
-from jaxengine.engine.request import token_id_outside
 from jaxengine.interrupts import interrupts_deferred
-from jaxengine.output_processor import OutputProcessor
 from jaxengine.outputs import RequestOutput
+from jaxengine.process import prepare_process
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
-from jaxengine.tokenizer import Message, Tokenizer, load_tokenizer
+from jaxengine.text.output_processor import OutputProcessor
+from jaxengine.text.progress import Progress
+from jaxengine.text.prompts import EncodedPrompt, Prompt, as_list, checked, parse_prompt
+from jaxengine.text.tokenizer import Message, Tokenizer, load_tokenizer
 from jaxengine.weights import Checkpoint, open_model
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
-EncodedPrompt = tuple[str | None, "array[int]"]
 
 # Fields of generation_config.json that are sampling parameters too.
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -56,8 +48,7 @@ class LLM:
     def __init__(self, model: str, tokenizer: str | None = None, **engine_args: Any) -> None:
         started = time.perf_counter()
         config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
-        memory.reserve_pool(config.gpu_memory_utilization)
-        use_compilation_cache()
+        prepare_process(config)
         checkpoint = open_model(config.model, config.load_format, config.revision)
         generation_config = checkpoint.generation_config
         leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
@@ -127,7 +118,7 @@ class LLM:
         Raises:
             ValueError: If a prompt or a parameter is not possible. No prompt has run then.
         """
-        inputs = self._encode(_as_list(prompts))
+        inputs = self._encode(as_list(prompts))
         params = self._params_for(len(inputs), sampling_params)
         priorities = [0] * len(inputs) if priority is None else list(priority)
         if len(priorities) != len(inputs):
@@ -261,12 +252,12 @@ class LLM:
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Bring every prompt into the form (text or None, token ids)."""
-        parsed = [_parse_prompt(prompt) for prompt in prompts]
+        parsed = [parse_prompt(prompt) for prompt in prompts]
         texts = [text for text, token_ids in parsed if token_ids is None and text is not None]
         encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
         vocab_size = self.engine.model_config.vocab_size
         return [
-            (text, _checked(number, next(encoded) if ids is None else ids, vocab_size))
+            (text, checked(number, next(encoded) if ids is None else ids, vocab_size))
             for number, (text, ids) in enumerate(parsed)
         ]
 
@@ -364,91 +355,11 @@ class LLM:
 
     def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        with _Progress(len(request_ids), disable=not use_tqdm) as progress:
+        with Progress(len(request_ids), disable=not use_tqdm) as progress:
             for output in self._outputs_of(request_ids):
                 finished[output.request_id] = output
                 progress.update(output)
         return [finished[request_id] for request_id in request_ids]
-
-
-class _Progress:
-    """A progress bar of prompts that also says how many tokens a second go in and out."""
-
-    def __init__(self, total: int, disable: bool) -> None:
-        self._bar = tqdm(total=total, desc="Processed prompts", disable=disable, dynamic_ncols=True)
-        self._started = time.perf_counter()
-        self._num_input_tokens = self._num_output_tokens = 0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, output: RequestOutput) -> None:
-        self._num_input_tokens += len(output.prompt_token_ids or ())
-        self._num_output_tokens += sum(len(each.token_ids) for each in output.outputs)
-        seconds = time.perf_counter() - self._started
-        self._bar.set_postfix_str(
-            f"input {self._num_input_tokens / seconds:.1f} tok/s, "
-            f"output {self._num_output_tokens / seconds:.1f} tok/s"
-        )
-        self._bar.update()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence | np.ndarray):
-        raise ValueError(
-            f"prompts must be text, token ids, a dict or a list of them, got {type(prompts)}"
-        )
-    is_one = len(prompts) > 0 and isinstance(prompts[0], Integral)
-    return [prompts] if is_one else list(prompts)
-
-
-def _parse_prompt(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
-    """Return (text, token ids); one of them may be None."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if not isinstance(prompt, Mapping):
-        return None, _as_token_ids(prompt)
-    token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
-    if not isinstance(text, str) and (text is not None or token_ids is None):
-        raise ValueError(
-            f"a prompt needs 'prompt' (text) or 'prompt_token_ids', got {dict(prompt)!r:.200}"
-        )
-    return text, None if token_ids is None else _as_token_ids(token_ids)
-
-
-def _as_token_ids(values: Any) -> Sequence[int]:
-    """Bring token ids, numpy's too, into an array, or a list where one of them has no 32 bits.
-
-    An array is made in one go. Asking each number what it is costs more than all the rest of a long
-    prompt, so that is left to what an array does not take.
-    """
-    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
-        values = values.tolist()
-    is_sequence = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
-    if is_sequence and not isinstance(values, bytes | bytearray):  # these it would copy as they lie
-        with contextlib.suppress(TypeError, OverflowError):
-            return array("i", values)
-    if not is_sequence or not all(isinstance(token_id, Integral) for token_id in values):
-        raise ValueError(
-            f"a prompt must be text, token ids (integers) or a dict of them, got {values!r:.200}"
-        )
-    return [int(token_id) for token_id in values]
-
-
-def _checked(number: int, token_ids: Sequence[int], vocab_size: int) -> "array[int]":
-    """Check here, before anything else looks at them: the tokenizer cannot take just any number."""
-    bad = token_id_outside(token_ids, vocab_size)
-    if bad is not None:
-        raise ValueError(
-            f"prompt {number}: token id {bad} is not in the vocabulary of {vocab_size}; "
-            "tokenize with this model's tokenizer"
-        )
-    return token_ids if isinstance(token_ids, array) else array("i", token_ids)
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -472,11 +383,3 @@ def _load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None) -> Tokenizer:
     with tempfile.TemporaryDirectory(prefix="jaxengine-tokenizer-") as directory:
         source.write_tokenizer(Path(directory))
         return load_tokenizer(directory, generation_config=generation_config)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a place already."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxengine" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

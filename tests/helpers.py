@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxengine.batch import InputBatch
 from jaxengine.config import ModelConfig
-from jaxengine.engine.block_pool import BlockPool
+from jaxengine.engine.device.kv_cache import CACHE_SPEC, KVCacheSpec
 from jaxengine.engine.engine import Engine
-from jaxengine.engine.kv_cache import CACHE_SPEC, KVCacheSpec
-from jaxengine.engine.scheduler import Scheduler
+from jaxengine.engine.scheduling.block_pool import BlockPool
+from jaxengine.engine.scheduling.scheduler import Scheduler
 from jaxengine.llm import LLM
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.cli import generate_parser
+from jaxengine.cli.main import generate_parser
 from jaxengine.config import EngineConfig
 from jaxengine.engine import replicas
-from jaxengine.engine.block_pool import BlockPool
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.replicas import (
@@ -25,8 +24,9 @@ from jaxengine.engine.replicas import (
     startup_text,
     sum_stats,
 )
-from jaxengine.engine.scheduler import Scheduler
-from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerStats
+from jaxengine.engine.scheduling.block_pool import BlockPool
+from jaxengine.engine.scheduling.scheduler import Scheduler
+from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput, SchedulerStats
 from jaxengine.outputs import RequestOutput
 from tests.helpers import (
     assert_idle,

@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 
 from jaxengine import SamplingParams
+from jaxengine.engine_thread import EngineError
 from jaxengine.on_ray.batch import generate_dataset, main
-from jaxengine.on_ray.engine_thread import EngineError
 from jaxengine.on_ray.json_output import with_fields
 from jaxengine.on_ray.output_directory import OutputDirectory, ShardCounts
 from jaxengine.on_ray.serve import build_app, parse_request

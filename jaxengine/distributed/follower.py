@@ -17,12 +17,11 @@ from jaxengine.distributed.identity import collect_facts
 from jaxengine.distributed.roll_call import HostsError, cluster_key, join_leader
 from jaxengine.distributed.runtime import check_not_started, start_jax
 from jaxengine.distributed.step_frames import STEP, decode_step
-from jaxengine.engine import memory
 from jaxengine.engine.build import build_runner
+from jaxengine.engine.device.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.garbage_collection import exempt_from_garbage_collection
-from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.replicas import order_by_replica, split_devices
-from jaxengine.llm import use_compilation_cache
+from jaxengine.process import prepare_process
 from jaxengine.weights import Checkpoint, open_model
 
 
@@ -94,8 +93,7 @@ def run_follower(config: EngineConfig) -> None:
             "LLM(...); a worker needs --nnodes and a --node-rank from 1 on"
         )
     check_not_started()
-    memory.reserve_pool(config.gpu_memory_utilization)
-    use_compilation_cache()
+    prepare_process(config)
     checkpoint = open_model(config.model, config.load_format, config.revision)
     facts = collect_facts(config, checkpoint.hf_config)
     link = LeaderLink(join_leader(config, facts, cluster_key()))

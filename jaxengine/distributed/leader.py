@@ -23,8 +23,8 @@ from jaxengine.distributed.frames import Frame
 from jaxengine.distributed.heartbeat import HEARTBEAT, Heartbeat
 from jaxengine.distributed.roll_call import Follower
 from jaxengine.distributed.step_frames import encode_step
-from jaxengine.engine.model_runner import RunnerHooks
-from jaxengine.engine.step_inputs import StepInputs
+from jaxengine.engine.device.model_runner import RunnerHooks
+from jaxengine.engine.device.step_inputs import StepInputs
 
 POLL_S = 50e-6  # hidden behind the second step in flight, which the devices go on with
 NOTICE_S = 2.0  # from a failed collective to the closed connection of the one that failed

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.distributed.frames import Frame
-from jaxengine.engine.step_inputs import StepInputs
+from jaxengine.engine.device.step_inputs import StepInputs
 
 STEP = "step"
 

@@ -1,126 +1,32 @@
-"""Puts an engine together from EngineConfig, whose only reader this is."""
+"""Puts an engine together from EngineConfig: scheduler, stages, weights, compiled steps."""
 
 import dataclasses
-import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
 
-from jaxengine.batch import StepShape
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.engine import memory
-from jaxengine.engine.block_pool import BlockPool
-from jaxengine.engine.buckets import Buckets
+from jaxengine.engine.device.buckets import Buckets
+from jaxengine.engine.device.kv_cache import KVCacheSpec
+from jaxengine.engine.device.model_runner import ModelRunner, RunnerHooks
+from jaxengine.engine.device.output_buffers import OutputBuffers
+from jaxengine.engine.device.peer_memory import PeerMemory, reach_each_other
+from jaxengine.engine.device.program_cache import ProgramCache, cache_directory
+from jaxengine.engine.device.stage import Stage
+from jaxengine.engine.device.step import StageParts
 from jaxengine.engine.engine import Engine
-from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.model_runner import ModelRunner, RunnerHooks
-from jaxengine.engine.output_buffers import OutputBuffers
-from jaxengine.engine.peer_memory import PeerMemory, reach_each_other
-from jaxengine.engine.program_cache import ProgramCache, cache_directory
-from jaxengine.engine.scheduler import Scheduler
-from jaxengine.engine.stage import Stage
-from jaxengine.engine.step import StageParts
+from jaxengine.engine.limits import Limits, resolve_limits
+from jaxengine.engine.memory_plan import plan_memory
+from jaxengine.engine.scheduling.block_pool import BlockPool
+from jaxengine.engine.scheduling.scheduler import Scheduler
+from jaxengine.engine.start_report import Startup
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.pallas_kernels.peers import inbox_layout
 from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
-
-
-@dataclasses.dataclass(frozen=True)
-class Startup:
-    """What the start did: seconds of its parts, one after the other, and where the memory goes.
-
-    Attributes:
-        compile_seconds: Seconds of each step's program; several compile at a time.
-    """
-
-    model: ModelConfig
-    device_kind: str
-    num_devices: int
-    compile_s: float
-    load_s: float
-    compile_seconds: Mapping[StepShape, float]
-    budget: memory.MemoryBudget
-
-    def text(self) -> str:
-        """The report that an engine prints when it is ready."""
-        devices = f"{self.num_devices} x {self.device_kind}"
-        lines = [
-            f"{self.model.architecture} in {self.model.dtype} on {devices}",
-            self.budget.table(),
-            f"  weights loaded in {self.load_s:.1f} s; {self._programs()}",
-        ]
-        return "\n".join(lines)
-
-    def _programs(self) -> str:
-        seconds = self.compile_seconds
-        if not seconds:
-            return "steps compile when they are first needed"
-        lines = [f"{len(seconds)} step programs in {self.compile_s:.1f} s, each in seconds"]
-        for decode_only, title in ((False, "prefill, tokens x rows"), (True, "decoding, rows")):
-            listed = ", ".join(
-                f"{_size_text(shape)}: {seconds[shape]:.1f}"
-                for shape in sorted(seconds, key=lambda s: (s.num_tokens, s.num_rows))
-                if shape.decode_only == decode_only
-            )
-            lines += textwrap.wrap(
-                f"{title}: {listed}", 96, initial_indent="    ", subsequent_indent="      "
-            )
-        return "\n".join(lines)
-
-
-def _size_text(shape: StepShape) -> str:
-    return f"{shape.num_rows}" if shape.decode_only else f"{shape.num_tokens}x{shape.num_rows}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What EngineConfig leaves open, decided from model and device."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    min_mixed_tokens: int
-    min_decode_rows: int
-    compiles_at_start: bool
-
-
-def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device) -> Limits:
-    """Fill in the limits that the user left open, as vLLM does.
-
-    Raises:
-        ValueError: If ``max_model_len`` is more than the model was made for.
-    """
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings and model.rope.rope_type == "default":
-        raise ValueError(
-            f"max_model_len {max_model_len} is more than the model's max_position_embeddings "
-            f"{model.max_position_embeddings}: lower it, or set rope_scaling with --hf-overrides"
-        )
-    is_cpu = device.platform == "cpu"
-    is_hopper = any(name in device.device_kind for name in ("H100", "H200", "B200", "GH200"))
-    # A CPU gains nothing from longer steps than 512, and padding them costs it real time.
-    tokens, seqs = (16384, 1024) if is_hopper else (512, 256) if is_cpu else (8192, 256)
-    max_num_seqs = config.max_num_seqs or seqs
-    budget = config.max_num_batched_tokens or max(tokens, max_num_seqs)
-    if budget < max_num_seqs:
-        raise ValueError(
-            f"max_num_batched_tokens {budget} is less than max_num_seqs {max_num_seqs}: every "
-            "running request needs one token a step"
-        )
-    if not config.enable_chunked_prefill:
-        budget = max(budget, max_model_len)
-    return Limits(
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        min_mixed_tokens=min(16 if is_cpu else 64, budget),
-        min_decode_rows=1 if is_cpu else 8,
-        compiles_at_start=not (is_cpu or config.enforce_eager),
-    )
 
 
 def build_engine(
@@ -185,7 +91,7 @@ def build_runner(
     limits = resolve_limits(config, model, devices[0])
     runner = _new_runner(config, model, limits, devices, hooks)
     started = time.perf_counter()
-    budget = _plan_memory(runner, config, limits, hooks.agree_on_blocks)
+    budget = plan_memory(runner, config, limits, hooks.agree_on_blocks)
     budget = dataclasses.replace(budget, num_blocks=hooks.agree_on_blocks(budget.num_blocks))
     runner.set_num_blocks(budget.num_blocks)
     if limits.compiles_at_start:
@@ -373,93 +279,3 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Pa
         show_progress = not config.disable_log_stats
         params = load_params(checkpoint, parts.specs, parts.mesh, show_progress=show_progress)
     return jax.block_until_ready(params)
-
-
-def _plan_memory(
-    runner: ModelRunner,
-    config: EngineConfig,
-    limits: Limits,
-    agree_on_blocks: Callable[[int], int],
-) -> memory.MemoryBudget:
-    """Decide the number of KV blocks, the same in every stage, and account for the rest.
-
-    What is compiled to measure must be the same in all processes, too: XLA may share its trials
-    of kernels among them. So they agree on the guess.
-
-    Returns:
-        The account of the stage that has room for the fewest blocks.
-    """
-    blocks_per_seq = -(-limits.max_model_len // config.block_size)
-    most_useful = limits.max_num_seqs * blocks_per_seq + 1
-    budgets = [_plan_stage(stage, runner, config, most_useful) for stage in runner.stages]
-    is_measured = not (_cache_size_is_given(config) or runner.stages[0].parts.is_on_cpu)
-    if is_measured:
-        guess = min(budget.num_blocks for budget in budgets)
-        runner.set_num_blocks(agree_on_blocks(guess))
-        if limits.compiles_at_start:  # the largest programs beside all others, not before them
-            runner.compile_all(show_progress=not config.disable_log_stats)
-        budgets = [
-            _measure_stage(stage, runner, budget, most_useful)
-            for stage, budget in zip(runner.stages, budgets, strict=True)
-        ]
-    return min(budgets, key=lambda budget: budget.num_blocks)
-
-
-def _cache_size_is_given(config: EngineConfig) -> bool:
-    return bool(config.num_gpu_blocks_override or config.kv_cache_memory_bytes)
-
-
-def _plan_stage(
-    stage: Stage, runner: ModelRunner, config: EngineConfig, most_useful: int
-) -> memory.MemoryBudget:
-    """Return a stage's account, its largest step guessed unless the cache's size is given."""
-    total, limit = memory.device_limit(stage.parts.local_device, config.gpu_memory_utilization)
-    state_bytes, block_bytes = runner.state_bytes(stage), stage.block_bytes
-    step_bytes = 0  # on a CPU, programs are compiled later, and their temporaries are small
-    if _cache_size_is_given(config) or stage.parts.is_on_cpu:
-        default_bytes = min(memory.MAX_CPU_CACHE_BYTES, limit // 4)
-        bytes_wanted = config.kv_cache_memory_bytes or default_bytes
-        num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
-        memory.check_fits(limit, stage.weight_bytes + state_bytes, num_blocks * block_bytes)
-    else:
-        step_bytes = runner.guess_step_bytes(stage)
-        num_blocks = memory.num_blocks_that_fit(
-            limit_bytes=limit,
-            weight_bytes=stage.weight_bytes,
-            step_bytes=step_bytes,
-            state_bytes=state_bytes,
-            block_bytes=block_bytes,
-        )
-    return memory.MemoryBudget(
-        total_bytes=total,
-        limit_bytes=limit,
-        weight_bytes=stage.weight_bytes,
-        step_bytes=step_bytes,
-        state_bytes=state_bytes,
-        block_bytes=block_bytes,
-        num_blocks=min(num_blocks, most_useful) if step_bytes else num_blocks,
-        block_size=config.block_size,
-    )
-
-
-def _measure_stage(
-    stage: Stage, runner: ModelRunner, guessed: memory.MemoryBudget, most_useful: int
-) -> memory.MemoryBudget:
-    """Return a stage's exact account.
-
-    The cache's size is part of the compiled programs, and what they need decides it. So they have
-    been compiled for a guess, which stays if it fits and wastes little.
-    """
-    step_bytes = runner.measure(stage)
-    exact = memory.num_blocks_that_fit(
-        limit_bytes=guessed.limit_bytes,
-        weight_bytes=guessed.weight_bytes,
-        step_bytes=step_bytes,
-        state_bytes=guessed.state_bytes,
-        block_bytes=guessed.block_bytes,
-    )
-    exact = min(exact, most_useful)
-    keeps_guess = exact * 0.97 <= stage.num_blocks <= exact
-    return dataclasses.replace(
-        guessed, step_bytes=step_bytes, num_blocks=stage.num_blocks if keeps_guess else exact
-    )

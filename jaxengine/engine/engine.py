@@ -14,10 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxengine.config import ModelConfig
-from jaxengine.engine.model_runner import ModelRunner, PendingStep
-from jaxengine.engine.request import FinishReason, Request, token_id_outside
-from jaxengine.engine.scheduler import Scheduler
-from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerOutput, SchedulerStats
+from jaxengine.engine.device.model_runner import ModelRunner, PendingStep
+from jaxengine.engine.scheduling.request import FinishReason, Request, token_id_outside
+from jaxengine.engine.scheduling.scheduler import Scheduler
+from jaxengine.engine.scheduling.scheduler_output import (
+    EngineCoreOutput,
+    SchedulerOutput,
+    SchedulerStats,
+)
 from jaxengine.sampling_params import SamplingParams
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxengine.engine.scheduler_output import EngineCoreOutput
+from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput
 
 
 @dataclasses.dataclass(slots=True)

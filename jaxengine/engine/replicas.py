@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.engine.build import Startup, build_engine
+from jaxengine.engine.build import build_engine
+from jaxengine.engine.device.model_runner import RunnerHooks
 from jaxengine.engine.engine import Engine, StepResult
-from jaxengine.engine.model_runner import RunnerHooks
 from jaxengine.engine.replica_router import ReplicaRouter
-from jaxengine.engine.request import Request
-from jaxengine.engine.scheduler_output import SchedulerStats
+from jaxengine.engine.scheduling.request import Request
+from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
+from jaxengine.engine.start_report import Startup
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.weights import Checkpoint
 

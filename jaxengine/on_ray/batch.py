@@ -15,7 +15,7 @@ from typing import Any
 import ray.data
 from tqdm import tqdm
 
-from jaxengine.cli_arguments import (
+from jaxengine.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
     engine_arguments,

@@ -14,8 +14,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from jaxengine.engine_thread import EngineThread
 from jaxengine.llm import LLM
-from jaxengine.on_ray.engine_thread import EngineThread
 from jaxengine.on_ray.json_output import as_json, message_of, with_fields
 from jaxengine.on_ray.resources import check_engine_arguments, replica_resources
 from jaxengine.outputs import RequestOutput

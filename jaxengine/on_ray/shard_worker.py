@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from jaxengine.engine_thread import EngineError, EngineThread
 from jaxengine.llm import LLM
-from jaxengine.on_ray.engine_thread import EngineError, EngineThread
 from jaxengine.on_ray.json_output import as_json, message_of
 from jaxengine.on_ray.output_directory import OutputDirectory
 from jaxengine.on_ray.shards import Shard

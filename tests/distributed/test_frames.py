@@ -20,8 +20,8 @@ from jaxengine.distributed.frames import (
     encode,
 )
 from jaxengine.distributed.step_frames import decode_step, encode_step
-from jaxengine.engine.sampling_inputs import SamplerVariant
-from jaxengine.engine.step_inputs import ScoringInputs, StepInputs
+from jaxengine.engine.device.step_inputs import ScoringInputs, StepInputs
+from jaxengine.engine.sampling.sampling_inputs import SamplerVariant
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 SMALL = st.integers(-2, 2**20)

@@ -46,7 +46,7 @@ class Hosts:
             **arguments,
         }
         flags = [f"--{name}={value}" for name, value in given.items()]
-        module = ["jaxengine.cli", "worker", str(self.model), "--disable-log-stats", *flags]
+        module = ["jaxengine.cli.main", "worker", str(self.model), "--disable-log-stats", *flags]
         return self._start(f"worker{rank}", num_devices, module)
 
     def _start(self, name: str, num_devices: int, module: list[str]) -> subprocess.Popen:

@@ -17,8 +17,8 @@ from jaxengine.distributed.heartbeat import HEARTBEAT
 from jaxengine.distributed.leader import HostLostError, Leader
 from jaxengine.distributed.roll_call import Follower
 from jaxengine.distributed.step_frames import decode_step
-from jaxengine.engine.sampling_inputs import SamplerVariant
-from jaxengine.engine.step_inputs import StepInputs
+from jaxengine.engine.device.step_inputs import StepInputs
+from jaxengine.engine.sampling.sampling_inputs import SamplerVariant
 
 STEP = StepInputs(
     shape=StepShape(2, 2, True),

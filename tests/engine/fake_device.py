@@ -13,8 +13,8 @@ import zlib
 
 import numpy as np
 
-from jaxengine.engine.block_pool import NULL_BLOCK_ID
-from jaxengine.engine.scheduler_output import ScheduledRow, SchedulerOutput
+from jaxengine.engine.scheduling.block_pool import NULL_BLOCK_ID
+from jaxengine.engine.scheduling.scheduler_output import ScheduledRow, SchedulerOutput
 
 VOCAB_SIZE = 23
 GARBAGE = -(10**15)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jaxengine.engine.block_pool import BlockPool
-from jaxengine.engine.request import Request
-from jaxengine.engine.scheduler import Scheduler
-from jaxengine.engine.scheduler_output import EngineCoreOutput, SchedulerOutput
+from jaxengine.engine.scheduling.block_pool import BlockPool
+from jaxengine.engine.scheduling.request import Request
+from jaxengine.engine.scheduling.scheduler import Scheduler
+from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput, SchedulerOutput
 from jaxengine.sampling_params import SamplingParams
 
 EOS = 99

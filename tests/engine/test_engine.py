@@ -8,7 +8,7 @@ import pytest
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.engine.engine import Engine, derive_seed
-from jaxengine.engine.request import FinishReason, Request
+from jaxengine.engine.scheduling.request import FinishReason, Request
 from tests.helpers import assert_idle, greedy, random_prompts, with_scheduler
 
 NUM_REQUESTS = 80

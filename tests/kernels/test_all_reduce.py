@@ -288,7 +288,7 @@ def gpus() -> Mesh:
 def test_two_gpus_have_the_sum_of_both_time_after_time(
     gpus: Mesh, shape: tuple[int, int], dtype: str
 ) -> None:
-    from jaxengine.engine.peer_memory import PeerMemory
+    from jaxengine.engine.device.peer_memory import PeerMemory
 
     memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[1]))
     memory.allocate()
@@ -348,7 +348,7 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
 def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
     gpus: Mesh, shape: tuple[int, int, int], dtype: str
 ) -> None:
-    from jaxengine.engine.peer_memory import PeerMemory
+    from jaxengine.engine.device.peer_memory import PeerMemory
 
     memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[2]))
     memory.allocate()
@@ -401,7 +401,7 @@ def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 8, 300, 1024])
 def test_two_gpus_know_the_numbers_of_both(gpus: Mesh, num_rows: int) -> None:
-    from jaxengine.engine.peer_memory import PeerMemory
+    from jaxengine.engine.device.peer_memory import PeerMemory
 
     memory = PeerMemory(gpus, inbox_layout(2, 1 << 20))
     memory.allocate()

@@ -18,8 +18,8 @@ from jaxengine.pallas_kernels.peers import inbox_layout
 
 from jaxengine.batch import StepShape
 from jaxengine.config import ModelConfig
-from jaxengine.engine.kv_cache import KVCacheSpec
-from jaxengine.engine.step import StageParts, make_forward
+from jaxengine.engine.device.kv_cache import KVCacheSpec
+from jaxengine.engine.device.step import StageParts, make_forward
 from jaxengine.models.decoder import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import TENSOR_AXIS, replicated

@@ -1,0 +1,108 @@
+"""Logprob arrays of a step -> the dictionaries of ``CompletionOutput``."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxengine.engine.sampling.logprobs import TokenLogprobs
+from jaxengine.outputs import Logprob, PromptLogprobs, SampleLogprobs
+
+TokenText = Callable[[int], str]
+
+
+class LogprobsBuilder:
+    """Builds one dictionary per token: the token itself first, then the most likely ones.
+
+    Args:
+        num_logprobs: How many of the most likely; -1 is the whole vocabulary.
+        token_text: Text of a token; None without a tokenizer.
+        extra_ids: Tokens to score besides.
+    """
+
+    def __init__(
+        self, num_logprobs: int, token_text: TokenText | None, extra_ids: Sequence[int] = ()
+    ) -> None:
+        self._num_logprobs = num_logprobs
+        self._token_text = token_text
+        self._extra_ids = list(extra_ids)
+
+    def build(self, arrays: TokenLogprobs, row: int, token_id: int) -> dict[int, Logprob]:
+        """Return token id -> Logprob for one row.
+
+        Args:
+            arrays: Arrays of the step, on the host.
+            row: Row of the step.
+            token_id: The row's token.
+        """
+        logprob = float(arrays.logprob[row])
+        entries = {token_id: self._entry(token_id, logprob, int(arrays.rank[row]))}
+        if self._num_logprobs:
+            ids, values = self._top(arrays, row)
+            for index, (top_id, value) in enumerate(zip(ids, values, strict=True)):
+                if top_id not in entries:
+                    entries[top_id] = self._entry(top_id, value, index + 1)
+        if self._extra_ids and arrays.id_logprobs is not None:
+            scores = np.asarray(arrays.id_logprobs[row])[: len(self._extra_ids)].tolist()
+            for extra_id, value in zip(self._extra_ids, scores, strict=True):
+                if extra_id not in entries:
+                    entries[extra_id] = self._entry(extra_id, value, None)
+        return entries
+
+    def _top(self, arrays: TokenLogprobs, row: int) -> tuple[list[int], list[float]]:
+        values = np.asarray(arrays.top_logprobs[row])
+        count = len(values) if self._num_logprobs == -1 else self._num_logprobs
+        if arrays.top_ids is not None:
+            return np.asarray(arrays.top_ids[row])[:count].tolist(), values[:count].tolist()
+        ids = np.argsort(-values, kind="stable")[:count]  # of the whole vocabulary
+        return ids.tolist(), values[ids].tolist()
+
+    def _entry(self, token_id: int, logprob: float, rank: int | None) -> Logprob:
+        text = None if self._token_text is None else self._token_text(token_id)
+        return Logprob(logprob, rank, text)
+
+
+class SampleLogprobsList:
+    """Logprobs of a growing output.
+
+    Attributes:
+        cumulative: Sum of the logprobs of all its tokens.
+        entries: One dictionary per token.
+    """
+
+    def __init__(self, builder: LogprobsBuilder) -> None:
+        self._builder = builder
+        self.cumulative = 0.0
+        self.entries: SampleLogprobs = []
+
+    def append(self, arrays: TokenLogprobs, row: int, token_id: int) -> None:
+        """Add the entry of a token that the step sampled in a row."""
+        entry = self._builder.build(arrays, row, token_id)
+        self.cumulative += entry[token_id].logprob
+        self.entries.append(entry)
+
+
+class PromptLogprobsList:
+    """Logprobs of a prompt, which arrive in chunks as it is computed.
+
+    Args:
+        builder: Builds the entries.
+        prompt_token_ids: The prompt.
+    """
+
+    def __init__(self, builder: LogprobsBuilder, prompt_token_ids: Sequence[int]) -> None:
+        self._builder = builder
+        self._prompt_token_ids = prompt_token_ids
+        self.entries: PromptLogprobs = [None] * len(prompt_token_ids)
+
+    def add_chunk(self, arrays: TokenLogprobs, start: int) -> None:
+        """Take in the logprobs of consecutive prompt tokens.
+
+        Args:
+            arrays: Row r scores prompt token ``start + r``.
+            start: At least 1: nothing comes before the first token. A chunk that comes
+                again, after a preemption, replaces the one before.
+        """
+        for row in range(len(arrays.logprob)):
+            index = start + row
+            token_id = self._prompt_token_ids[index]
+            self.entries[index] = self._builder.build(arrays, row, token_id)

@@ -1,0 +1,258 @@
+"""Text <-> token ids: loads a Hugging Face tokenizer and renders its chat template.
+
+Only fast tokenizers (``tokenizer.json``), without torch and without code from the checkpoint.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from jaxengine.text.detokenizer import (
+    ByteDetokenizer,
+    DecoderKind,
+    TokenBytes,
+    WindowDetokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = Mapping[str, Any]
+IncrementalDetokenizer = ByteDetokenizer | WindowDetokenizer
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer and what the engine needs around it.
+
+    Args:
+        hf_tokenizer: The tokenizer; its ``backend_tokenizer`` does the work.
+        generation_config: The model's ``generation_config.json``, for its end tokens.
+    """
+
+    def __init__(
+        self,
+        hf_tokenizer: "PreTrainedTokenizerFast",
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.hf_tokenizer = hf_tokenizer
+        self._backend = hf_tokenizer.backend_tokenizer
+        self.eos_token_ids = _eos_token_ids(hf_tokenizer, generation_config or {})
+        self._decoder_kind = DecoderKind(self._backend)
+        added = hf_tokenizer.added_tokens_decoder
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary, added tokens included."""
+        return len(self.hf_tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how to write a conversation."""
+        return bool(self.hf_tokenizer.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: Any text; text that spells a special token becomes that token.
+            add_special_tokens: Add what the tokenizer puts around a text, such as a
+                beginning-of-sequence token.
+        """
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Return the token ids of several texts, on all cores."""
+        encoded = self.hf_tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids, exactly as their bytes say."""
+        return str(
+            self.hf_tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token by itself, special ones included."""
+        if self._decoder_kind.token_to_bytes is None:
+            return self.decode([token_id], skip_special_tokens=False)
+        return self._all_bytes[token_id].decode(errors="replace")
+
+    def detokenizer(
+        self,
+        prompt_token_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> IncrementalDetokenizer:
+        """Start the text of an output.
+
+        Args:
+            prompt_token_ids: The prompt that it continues.
+            skip_special_tokens: Leave special tokens out.
+            spaces_between_special_tokens: Accepted for vLLM's sake; fast tokenizers put
+                no spaces there.
+        """
+        del spaces_between_special_tokens
+        if self._decoder_kind.token_to_bytes is None:
+            return WindowDetokenizer(
+                lambda token_ids: self.decode(token_ids, skip_special_tokens), prompt_token_ids
+            )
+        table = self._text_bytes if skip_special_tokens else self._all_bytes
+        return ByteDetokenizer(table, prompt_token_ids, self._decoder_kind.strips_first_space)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **template_arguments: Any,
+    ) -> str:
+        """Write a conversation as the model's prompt.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            chat_template: Jinja template in place of the tokenizer's.
+            add_generation_prompt: End with the start of the assistant's answer.
+            continue_final_message: End inside the last message instead, to be continued.
+            tools: JSON schemas of functions, for the template.
+            template_arguments: Further variables of the template.
+
+        Raises:
+            ValueError: If there is no template, or it refuses the messages.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt and continue_final_message exclude each other: "
+                "set add_generation_prompt=False to continue the last message"
+            )
+        if not chat_template and not self.has_chat_template:
+            raise ValueError(
+                f"the tokenizer {self.hf_tokenizer.name_or_path!r} has no chat template; pass "
+                "chat_template=, or use generate() with a prompt in the model's own format"
+            )
+        try:
+            text = self.hf_tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                **template_arguments,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+        return str(text)
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Return the token ids of a conversation; ``options`` as in ``render_chat``.
+
+        The template writes the special tokens itself, so none are added.
+        """
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def bad_words_token_ids(self, bad_words: Sequence[str]) -> list[list[int]]:
+        """Return the token sequences that write these words, at the start of a word and inside.
+
+        Args:
+            bad_words: Texts; spaces before them do not matter.
+        """
+        sequences: list[list[int]] = []
+        for word in bad_words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                token_ids = self.encode(text, add_special_tokens=False)
+                if token_ids and token_ids not in sequences:
+                    sequences.append(token_ids)
+        return sequences
+
+    @cached_property
+    def _all_bytes(self) -> TokenBytes:
+        return self._byte_table(frozenset())
+
+    @cached_property
+    def _text_bytes(self) -> TokenBytes:
+        return self._byte_table(self._special_ids)
+
+    def _byte_table(self, skipped_ids: frozenset[int]) -> TokenBytes:
+        assert self._decoder_kind.token_to_bytes is not None
+        return TokenBytes(self._backend.id_to_token, self._decoder_kind.token_to_bytes, skipped_ids)
+
+
+def load_tokenizer(
+    source: str | Path,
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tokenizer:
+    """Load the tokenizer of a model directory or a hub name.
+
+    Args:
+        source: Directory with ``tokenizer.json``, or a hub name.
+        generation_config: The model's ``generation_config.json``, for its end tokens.
+        revision: Branch, tag or commit at the hub.
+        trust_remote_code: Must be False.
+
+    Raises:
+        ValueError: If the tokenizer cannot be loaded, or only by running its own code.
+    """
+    if trust_remote_code:
+        raise ValueError(
+            "trust_remote_code is refused: it would run Python code from the checkpoint with "
+            "your rights. Pass tokenizer= a directory with a tokenizer.json instead"
+        )
+    # Imported here because it takes seconds (with torch installed, which it then loads, several),
+    # and because it advises at import to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        hf_tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(source), revision=revision, trust_remote_code=False, use_fast=True
+        )
+    except Exception as error:  # transformers raises almost any type here
+        raise ValueError(_load_failure(source, error)) from error
+    if getattr(hf_tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"the tokenizer in {str(source)!r} has no fast version; pass tokenizer= a directory "
+            "with a tokenizer.json"
+        )
+    return Tokenizer(hf_tokenizer, generation_config)
+
+
+def _load_failure(source: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        reason = "it needs Python code from the checkpoint, which is never run"
+    return (
+        f"no tokenizer could be loaded from {str(source)!r}: {reason[:300]}. "
+        "Pass tokenizer= a directory with a tokenizer.json, or a hub name that can be reached"
+    )
+
+
+def _eos_token_ids(
+    hf_tokenizer: "PreTrainedTokenizerFast", generation_config: Mapping[str, Any]
+) -> frozenset[int]:
+    """End tokens of the generation config (one or several) and of the tokenizer."""
+    configured = generation_config.get("eos_token_id")
+    ids = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(i for i in (*ids, hf_tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,136 @@
+"""A whole step through the kernels that a GPU runs, in Pallas' interpreter, equals XLA's step.
+
+The kernels have tests of their own; this one holds how a model puts them together.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxengine.batch import StepShape
+from jaxengine.config import ModelConfig
+from jaxengine.engine.device.batch_builder import packed_views
+from jaxengine.engine.device.kv_cache import KVCacheSpec
+from jaxengine.engine.device.step import StageParts, make_forward
+from jaxengine.models.decoder import ModelOptions
+from jaxengine.models.registry import ModelRegistry
+from jaxengine.sharding import make_mesh
+from jaxengine.weights import param_specs
+
+NUM_LAYERS, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, WIDTH = 3, 8, 40, 8, 8
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_hidden_layers": NUM_LAYERS,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+}
+# Query tokens and KV length of each row: decode rows first.
+DECODING = [(1, 1), (1, 13), (1, 50), (1, 64)]
+MIXED = [(1, 9), (1, 64), (9, 9), (4, 20)]
+KERNELS = {"split_product", "rope_kv_write", "paged_decode", "gated_few_rows", "residual_norm"}
+
+
+@pytest.fixture
+def started_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The names of the kernels that were traced; all of them are interpreted."""
+    names: set[str] = set()
+    call = pl.pallas_call
+
+    def interpreted(*args: Any, **kwargs: Any) -> Any:
+        names.add(kwargs["name"])
+        return call(*args, **{**kwargs, "interpret": True})
+
+    monkeypatch.setattr(pl, "pallas_call", interpreted)
+    monkeypatch.setattr(plt, "debug_barrier", lambda: None)  # there are no threads
+    yield names
+    jax.clear_caches()  # nobody else is to find what was traced here
+
+
+def run_step(
+    architecture: str, rows: list[tuple[int, int]], extra: dict[str, Any]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits of the rows and all caches after a step on random weights and caches."""
+    jax.clear_caches()
+    hf_config = {**SIZES, **extra, "architectures": [architecture]}
+    config = ModelConfig.from_hf(hf_config, "bfloat16")
+    options = ModelOptions(num_kv_heads=config.num_kv_heads, max_model_len=512)
+    factory = ModelRegistry.resolve(config.architecture)
+    definition, specs = param_specs(lambda: factory(config, options))
+    mesh = make_mesh(jax.devices()[:1])
+    is_decoding = all(query_len == 1 for query_len, _ in rows)
+    num_tokens = 8 if is_decoding else 32
+    shape = StepShape(num_tokens, 8, decode_only=is_decoding)
+    forward = make_forward(
+        shape, parts=StageParts(definition, specs, mesh, range(NUM_LAYERS)), block_size=BLOCK_SIZE
+    )
+    rng = np.random.default_rng(0)
+
+    def random(dims: tuple[int, ...], scale: float) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(dims) * scale, jnp.bfloat16)
+
+    weights = tuple(random(spec.shape, 0.15) for spec in specs.values())
+    cache_spec = KVCacheSpec(
+        NUM_LAYERS, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16"
+    )
+    cache_shape = cache_spec.abstract(NUM_BLOCKS, mesh)[0][0].shape
+    caches = [(random(cache_shape, 1.0), random(cache_shape, 1.0)) for _ in range(NUM_LAYERS)]
+    tables = np.zeros((NUM_SLOTS + 1, WIDTH), np.int32)
+    tables[: len(rows)] = 1 + rng.permutation(NUM_BLOCKS - 1)[: len(rows) * WIDTH].reshape(
+        -1, WIDTH
+    )
+    packed = np.zeros(shape.packed_size, np.int32)
+    parts = packed_views(shape, packed)
+    total = sum(query_len for query_len, _ in rows)
+    parts["token_ids"][:total] = rng.integers(0, config.vocab_size, total)
+    parts["slots"][:] = NUM_SLOTS
+    parts["slots"][: len(rows)] = np.arange(len(rows))
+    parts["query_lens"][: len(rows)] = [query_len for query_len, _ in rows]
+    parts["seq_lens"][: len(rows)] = [seq_len for _, seq_len in rows]
+    parts["table_rows"][:] = NUM_SLOTS + 1  # past the end: nothing to store
+    parts["num_decode_rows"][0] = sum(query_len == 1 for query_len, _ in rows)
+    with jax.set_mesh(mesh):
+        new_caches, _, _, _, logits = forward(
+            weights, caches, jnp.asarray(tables), jnp.zeros(NUM_SLOTS, jnp.int32), packed
+        )
+    written = [np.asarray(cache, np.float32)[1:] for pair in new_caches for cache in pair]
+    return np.asarray(logits, np.float32)[: len(rows)], written
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "rows"),
+    [
+        ("LlamaForCausalLM", {}, DECODING),
+        ("LlamaForCausalLM", {}, MIXED),
+        ("LlamaForCausalLM", {"attention_bias": True}, DECODING),
+        ("Qwen3ForCausalLM", {}, DECODING),
+    ],
+    ids=["decoding", "mixed", "biases", "head norms"],
+)
+def test_a_step_of_few_rows_equals_xlas(
+    architecture: str,
+    extra: dict[str, Any],
+    rows: list[tuple[int, int]],
+    started_kernels: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, expected_caches = run_step(architecture, rows, extra)
+    assert not started_kernels
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found, caches = run_step(architecture, rows, extra)
+    is_ragged = rows is MIXED
+    assert started_kernels == KERNELS | ({"ragged_attention_triton"} if is_ragged else set())
+    # bfloat16 through three layers: rounding moves a logit by a few of its units.
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9995
+    for ours, theirs in zip(caches, expected_caches, strict=True):
+        assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
