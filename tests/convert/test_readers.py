@@ -12,8 +12,8 @@ from tests.convert.tiny import make_model, save_model
 
 
 def test_importing_convert_imports_neither_jax_nor_torch_nor_transformers() -> None:
-    code = "import sys, convert; print([m for m in ('jax', 'torch', 'transformers', 'orbax', "
-    code += "'huggingface_hub', 'jaxengine') if m in sys.modules])"
+    code = "import sys, jaxengine.convert; print([m for m in ('jax', 'torch', 'transformers', "
+    code += "'orbax', 'huggingface_hub', 'flax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
