@@ -1,26 +1,24 @@
-"""A GGUF file seen as a Hugging Face checkpoint: its config, and its tensors under HF's names."""
+"""A GGUF file, or all parts of a split one, seen as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import Keys
 from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.errors import CheckpointError, check_unique, integer, shown
+from jaxengine.convert.gguf_config import hf_config
 from jaxengine.convert.gguf_file import GGUFFile, QuantisedTensor, read_gguf
-from jaxengine.convert.gguf_tokenizer import generation_config, tokenizer_files
-from jaxengine.convert.tensors import MappedTensor, StoredTensor, read
-
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
+from jaxengine.convert.gguf_metadata import Metadata
+from jaxengine.convert.gguf_rope import ROPE_TENSORS
+from jaxengine.convert.gguf_special_tokens import generation_config
+from jaxengine.convert.gguf_tokenizer import tokenizer_files
+from jaxengine.convert.tensors import MappedTensor, StoredTensor, ZeroTensor
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -38,185 +36,158 @@ NAMES = {
     "blk.{i}.ffn_up": "model.layers.{i}.mlp.up_proj",
     "blk.{i}.ffn_down": "model.layers.{i}.mlp.down_proj",
 }
+# llama.cpp takes each bias where it finds it; our rules want all of a group, or none.
+BIAS_GROUPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up", "ffn_down"))
 
-# Frequency factors of llama3 RoPE: not a parameter, it becomes part of the config.
-ROPE_FREQS = "rope_freqs.weight"
+# As llama.cpp's gguf-split names parts: counted from 1, the count in every name.
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file.
+    """Open a GGUF file; of a split one, any part.
 
     Raises:
-        ValueError: If the file is damaged, one of several parts, or of an unsupported model.
+        CheckpointError: If the file is damaged, a part of it is missing, or its model is not
+            supported.
     """
     if path.suffix != ".gguf":
-        raise ValueError(f"{path} is a file but no .gguf: give the model's directory instead")
-    file = read_gguf(path)
-    if file.metadata.get("split.count", 1) > 1:
-        raise ValueError(
-            f"{path} is one of {file.metadata['split.count']} parts: join them first, with "
-            "llama.cpp's `llama-gguf-split --merge`"
-        )
+        raise CheckpointError(f"{path} is a file but no .gguf: give the model's directory instead")
+    file = _read_all_parts(path)
     config = hf_config(file)
+    metadata = Metadata(file.path, file.metadata, file.metadata[Keys.General.ARCHITECTURE])
     return Checkpoint(
-        source=path,
+        source=file.path,
         format="gguf",
         hf_config=config,
         tensors=_hf_tensors(file, config),
-        tokenizer_files=lambda: tokenizer_files(file.metadata),
-        generation_config=generation_config(file.metadata),
+        tokenizer_files=lambda: tokenizer_files(metadata),
+        generation_config=generation_config(metadata),
     )
 
 
-def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The config.json that a file's metadata and tensors amount to.
+def first_part(paths: list[Path]) -> Path | None:
+    """The one GGUF file of a directory, or the first part of its one split file; else None."""
+    stems = {_stem(path) for path in paths}
+    return min(paths) if len(stems) == 1 else None
 
-    Raises:
-        ValueError: If the model is not supported or the metadata lacks a value.
-    """
-    name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"{file.path} holds a model of architecture {name!r}, which is not supported as GGUF; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+
+def _stem(path: Path) -> str:
+    match = PART_NAME.fullmatch(path.name)
+    return match["stem"] if match else path.name
+
+
+def _read_all_parts(path: Path) -> GGUFFile:
+    """The file, with the tensors of all its parts; the metadata is the first part's."""
+    given = read_gguf(path)
+    count = _split_number(given, Keys.Split.LLM_KV_SPLIT_COUNT, default=1)
+    if count <= 1:
+        return given
+    parts = [
+        given if each == path else _read_part(each, path, count)
+        for each in _part_paths(path, count)
+    ]
+    for number, part in enumerate(parts):
+        found = _split_number(part, Keys.Split.LLM_KV_SPLIT_NO, default=0)
+        found_count = _split_number(part, Keys.Split.LLM_KV_SPLIT_COUNT, default=1)
+        if (found, found_count) != (number, count):
+            raise CheckpointError(
+                f"{part.path} says that it is part {found + 1} of {found_count}, its name that it "
+                f"is {number + 1} of {count}: fetch it again"
+            )
+    names = [name for part in parts for name in part.tensors]
+    check_unique(names, path, "tensor")
+    total = _split_number(parts[0], Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, default=len(names))
+    if total != len(names):
+        raise CheckpointError(
+            f"{path}: its {count} parts hold {len(names)} tensors, "
+            f"{Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT} is {total}: fetch them again"
         )
-    values = _Values(file.path, name, file.metadata)
-    architecture, model_type = ARCHITECTURES[name]
-    window = values.get("attention.sliding_window")
-    if name == "llama" and window:
-        architecture, model_type = "MistralForCausalLM", "mistral"
-    N, D = int(values["attention.head_count"]), int(values["embedding_length"])
-    head_dim = values.get("attention.key_length") or values.get("rope.dimension_count") or D // N
-    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
-    config = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": _vocab_size(file, len(tokens)),
-        "hidden_size": D,
-        "intermediate_size": int(values["feed_forward_length"]),
-        "num_hidden_layers": int(values["block_count"]),
-        "num_attention_heads": N,
-        "num_key_value_heads": int(values.get("attention.head_count_kv") or N),
-        "head_dim": int(head_dim),
-        "hidden_act": "silu",
-        "max_position_embeddings": int(values["context_length"]),
-        "rms_norm_eps": float(values["attention.layer_norm_rms_epsilon"]),
-        "rope_theta": float(values.get("rope.freq_base") or 10000.0),
-        "rope_scaling": _rope_scaling(file, values, int(head_dim)),
-        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "torch_dtype": _dtype(file),
-        **generation_config(file.metadata),
-    }
-    if architecture == "MistralForCausalLM":
-        config["sliding_window"] = window
-    return config
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
 
 
-@dataclass(frozen=True)
-class _Values:
-    """The metadata under the architecture's prefix."""
-
-    path: Path
-    architecture: str
-    metadata: Mapping[str, Any]
-
-    def get(self, key: str) -> Any:
-        value = self.metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, list):  # one number a layer
-            if len(set(value)) != 1:
-                raise ValueError(f"{self.path}: {key} differs from layer to layer: not supported")
-            return value[0]
-        return value
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ValueError(f"{self.path} lacks the metadata key {self.architecture}.{key}")
-        return value
+def _split_number(file: GGUFFile, key: str, default: int) -> int:
+    return integer(file.metadata.get(key, default), file.path, key, 0, 1 << 31)
 
 
-def _vocab_size(file: GGUFFile, num_tokens: int) -> int:
-    embedding = file.tensors.get("token_embd.weight")
-    return embedding.shape[0] if embedding is not None and embedding.shape else num_tokens
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, but is not named like one: expected "
+            f"NAME-00001-of-{count:05}.gguf. Give it the name that it had, or join the parts with "
+            "llama.cpp's `llama-gguf-split --merge`"
+        )
+    return [
+        path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf")
+        for number in range(1, count + 1)
+    ]
 
 
-def _dtype(file: GGUFFile) -> str:
-    """What to compute in: the matrices' own dtype; bfloat16 for quantised ones."""
-    kinds = Counter(
-        "quantised" if isinstance(tensor, QuantisedTensor) else tensor.dtype.name
-        for tensor in file.tensors.values()
-        if len(tensor.shape) > 1
-    )
-    common = kinds.most_common(1)[0][0] if kinds else "float32"
-    return common if common in ("float16", "float32") else "bfloat16"
-
-
-def _rope_scaling(file: GGUFFile, values: _Values, head_dim: int) -> dict[str, Any] | None:
-    if ROPE_FREQS in file.tensors:
-        return _llama3_scaling(file, values, head_dim)
-    kind = values.get("rope.scaling.type")
-    factor = values.get("rope.scaling.factor")
-    if kind in (None, "none") or not factor:
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ValueError(f"{file.path} scales RoPE by {kind!r}; supported: linear, yarn, llama3")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(factor)}
-    original = values.get("rope.scaling.original_context_length")
-    if kind == "yarn" and original:
-        scaling["original_max_position_embeddings"] = int(original)
-    return scaling
-
-
-def _llama3_scaling(file: GGUFFile, values: _Values, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's scaling: the file has only its result, a factor for each frequency.
-
-    The parameters are those of every Llama from 3.1 on; that they give the file's numbers is
-    checked. Source of the formula: transformers, modeling_rope_utils.py.
-    """
-    found = read(file.tensors[ROPE_FREQS])
-    factor, low, high, original = round(float(found.max()), 3), 1.0, 4.0, 8192
-    base = float(values.get("rope.freq_base") or 10000.0)
-    wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
-        raise ValueError(f"{file.path}: {ROPE_FREQS} is not the scaling of any known Llama")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+def _read_part(part: Path, given: Path, count: int) -> GGUFFile:
+    if not part.is_file():
+        raise CheckpointError(
+            f"{part} is missing: {given.name} is one of {count} parts, and all must lie in one "
+            "directory. Fetch it too"
+        )
+    return read_gguf(part)
 
 
 def _hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     # llama.cpp reorders the rows of q and k only where it also rotates interleaved pairs.
-    is_permuted = file.metadata["general.architecture"] == "llama"
-    tensors = {}
-    for name, tensor in file.tensors.items():
-        if name == ROPE_FREQS:
+    is_permuted = file.metadata[Keys.General.ARCHITECTURE] == "llama"
+    if is_permuted and "partial_rotary_factor" in config:
+        raise CheckpointError(
+            f"{file.path} rotates only a part of each head: not supported for architecture llama"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in (file.tensors | _missing_biases(file, config)).items():
+        if name in ROPE_TENSORS:
             continue
         hf_name = _hf_name(name)
         if is_permuted and re.search(r"self_attn\.[qk]_proj\.", hf_name):
-            tensor = InterleavedTensor(hf_name, tensor, config["head_dim"])
-        elif isinstance(tensor, (MappedTensor, QuantisedTensor)):
+            tensor = _interleaved(file.path, hf_name, tensor, config["head_dim"])
+        elif isinstance(tensor, (MappedTensor, QuantisedTensor, ZeroTensor)):
             tensor = replace(tensor, name=hf_name)
         tensors[hf_name] = tensor
+    check_unique((_hf_name(name) for name in file.tensors), file.path, "tensor")
     return tensors
+
+
+def _missing_biases(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Zeros for each bias that is not there while another one of its group is, in any layer."""
+    zeros: dict[str, StoredTensor] = {}
+    for group in BIAS_GROUPS:
+        endings = tuple(f".{stem}.bias" for stem in group)
+        if not any(name.endswith(endings) for name in file.tensors):
+            continue
+        for layer in range(config["num_hidden_layers"]):
+            for stem in group:
+                name = f"blk.{layer}.{stem}.bias"
+                weight = file.tensors.get(f"blk.{layer}.{stem}.weight")
+                if name not in file.tensors and weight is not None and weight.shape:
+                    zeros[name] = ZeroTensor(name, weight.shape[:1])
+    return zeros
 
 
 def _hf_name(name: str) -> str:
     """HF's name of a GGUF tensor; the name itself if there is none, which a rule then reports."""
-    layer = re.match(r"blk\.(\d+)\.", name)
+    layer = re.match(r"blk\.(\d{1,6})\.", name)
     stem, _, kind = name.rpartition(".")
     if layer:
         stem = "blk.{i}." + stem[layer.end() :]
     if stem not in NAMES:
         return name
     return f"{NAMES[stem]}.{kind}".replace("{i}", layer.group(1) if layer else "")
+
+
+def _interleaved(path: Path, name: str, stored: StoredTensor, head_dim: int) -> StoredTensor:
+    if head_dim % 2 or not stored.shape or stored.shape[0] % head_dim:
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} of shape {stored.shape} is not made of heads of "
+            f"{head_dim} rows: the file is damaged, fetch it again"
+        )
+    return InterleavedTensor(name, stored, head_dim)
 
 
 @dataclass(frozen=True)

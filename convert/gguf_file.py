@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file: its metadata, and where its tensors lie.
 
 The ``gguf`` package has a reader too. This one is here because that one takes a view per token of
-the vocabulary (seconds for 128k tokens), and on a truncated file fails in a reshape that names
-neither file nor tensor. Its dequantiser is used as it is.
+the vocabulary (seconds for 128k tokens), and trusts the sizes that a file declares. Its dequantiser
+is used as it is. The checks are those of llama.cpp's reader (ggml/src/gguf.cpp), and more.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
-from jaxengine.convert.tensors import MappedTensor, StoredTensor
+from jaxengine.convert.errors import CheckpointError, check_unique, integer, shape_of, shown
+from jaxengine.convert.tensors import MappedTensor, StoredTensor, file_bytes_of
 
 DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
+MAX_AXES = 4
+MAX_ITEMS = 1 << 24  # of an array in the metadata; the largest vocabulary has 2**18 tokens
+MAX_TEXT_BYTES = 1 << 28
+
+# The least bytes that one entry takes: what is left of the file bounds how many there can be.
+KEY_BYTES = 8 + 4 + 1
+TENSOR_BYTES = 8 + 4 + 4 + 8
+TEXT_BYTES = 8
 
 SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -88,119 +99,205 @@ class GGUFFile:
     tensors: dict[str, StoredTensor]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as the header lists it; ``offset`` counts from where the tensors begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    offset: int
+
+
 def read_gguf(path: Path) -> GGUFFile:
     """Parse the header and check it against the file.
 
     Raises:
-        ValueError: If the file is no GGUF file, of a version or type not known, or truncated.
+        CheckpointError: If the file is no GGUF file, of a version or type not known, truncated,
+            or its header contradicts itself.
     """
-    if path.stat().st_size < 24:
-        raise ValueError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes")
+    file_bytes = file_bytes_of(path)
+    if file_bytes < 24:
+        raise CheckpointError(f"{path} is no GGUF file: it has {file_bytes} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = _Header(data)
-        try:
-            return _read_header(path, header, len(data))
-        except struct.error:
-            raise ValueError(f"{path} is truncated in its header: fetch it again") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: the GGUF header is damaged ({error})") from None
+        return _read_header(_Header(path, data))
 
 
 class _Header:
-    """A cursor over the bytes of the header."""
+    """A cursor over the bytes of the header, which bounds what is read by what is left."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
         self.data = data
         self.position = 0
 
-    def numbers(self, letter: str, count: int) -> tuple[Any, ...]:
+    @property
+    def left(self) -> int:
+        """Bytes from here to the end of the file."""
+        return len(self.data) - self.position
+
+    def number(self, letter: str, field: str) -> Any:
         size = struct.calcsize("<" + letter)
-        if count > (len(self.data) - self.position) // size:
-            raise struct.error("past the end of the file")
-        values = struct.unpack_from(f"<{count}{letter}", self.data, self.position)
-        self.position += count * size
-        return values
+        if size > self.left:
+            raise CheckpointError(
+                f"{self.path} is truncated in its header: {field} would end at byte "
+                f"{self.position + size}, the file has {len(self.data)}. Fetch it again"
+            )
+        (value,) = struct.unpack_from("<" + letter, self.data, self.position)
+        self.position += size
+        return value
 
-    def number(self, letter: str) -> Any:
-        return self.numbers(letter, 1)[0]
+    def count(self, letter: str, field: str, limit: int) -> int:
+        return integer(self.number(letter, field), self.path, field, 0, limit)
 
-    def text(self) -> str:
-        length = self.number("Q")
-        if length > len(self.data) - self.position:
-            raise struct.error("past the end of the file")
+    def text(self, field: str) -> str:
+        limit = min(self.left - TEXT_BYTES, MAX_TEXT_BYTES)
+        length = self.count("Q", f"the length of {field}", limit)
         start, self.position = self.position, self.position + length
-        return self.data[start : self.position].decode("utf-8")
-
-    def value(self, type_number: int) -> Any:
-        kind = GGUFValueType(type_number)
-        if kind == GGUFValueType.STRING:
-            return self.text()
-        if kind != GGUFValueType.ARRAY:
-            return self.number(SCALARS[kind])
-        item, count = self.number("I"), self.number("Q")
-        if GGUFValueType(item) in SCALARS:
-            return list(self.numbers(SCALARS[GGUFValueType(item)], count))
-        return [self.value(item) for _ in range(count)]
-
-
-def _read_header(path: Path, header: _Header, file_bytes: int) -> GGUFFile:
-    if header.data[:4] != b"GGUF":
-        raise ValueError(f"{path} is no GGUF file: it starts with {header.data[:4]!r}")
-    header.position = 4
-    version = header.number("I")
-    if version not in (2, 3):
-        raise ValueError(f"{path} is GGUF of version {version}, readable are 2 and 3")
-    num_tensors, num_keys = header.numbers("Q", 2)
-    metadata = {}
-    for _ in range(num_keys):
-        key = header.text()
         try:
-            metadata[key] = header.value(header.number("I"))
-        except ValueError as error:
-            raise ValueError(f"{path}: the value of {key!r} is damaged ({error})") from None
-    entries = []
-    for _ in range(num_tensors):
-        name = header.text()
-        shape = tuple(reversed(header.numbers("Q", header.number("I"))))
-        entries.append((name, shape, header.number("I"), header.number("Q")))
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    start = -(-header.position // alignment) * alignment
-    tensors = {
-        name: _tensor(path, name, shape, number, start + offset, file_bytes)
-        for name, shape, number, offset in entries
-    }
+            return self.data[start : self.position].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{self.path}: {field} at byte {start} is no UTF-8 ({error.reason}): the GGUF "
+                "header is damaged, fetch it again"
+            ) from None
+
+    def type(self, field: str) -> GGUFValueType:
+        number = self.number("I", f"the type of {field}")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise CheckpointError(
+                f"{self.path}: the value of {field} is damaged: its type is {number}, known are 0 "
+                f"to {max(GGUFValueType)}"
+            ) from None
+
+    def value(self, field: str) -> Any:
+        kind = self.type(field)
+        if kind == GGUFValueType.ARRAY:
+            return self.array(field)
+        return self.text(field) if kind == GGUFValueType.STRING else self.scalar(kind, field)
+
+    def scalar(self, kind: GGUFValueType, field: str) -> Any:
+        return self.number(SCALARS[kind], field)
+
+    def array(self, field: str) -> list[Any]:
+        kind = self.type(field)
+        if kind == GGUFValueType.ARRAY:
+            raise CheckpointError(f"{self.path}: {field} is an array of arrays: not supported")
+        letter = SCALARS.get(kind)
+        item_bytes = struct.calcsize("<" + letter) if letter else TEXT_BYTES
+        limit = min((self.left - 8) // item_bytes, MAX_ITEMS)
+        count = self.count("Q", f"the length of {field}", max(limit, 0))
+        if letter is None:
+            return [self.text(field) for _ in range(count)]
+        values = np.frombuffer(self.data, np.dtype(letter).newbyteorder("<"), count, self.position)
+        self.position += count * item_bytes
+        return list(values.tolist())
+
+
+def _read_header(header: _Header) -> GGUFFile:
+    path = header.path
+    if header.data[:4] != b"GGUF":
+        raise CheckpointError(f"{path} is no GGUF file: it starts with {header.data[:4]!r}")
+    header.position = 4
+    version = header.number("I", "the version")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path} is GGUF of version {version}, readable are 2 and 3")
+    num_tensors = header.number("Q", "the number of tensors")
+    num_keys = header.count("Q", "the number of metadata keys", header.left // KEY_BYTES)
+    integer(num_tensors, path, "the number of tensors", 0, header.left // TENSOR_BYTES)
+    pairs = [_pair(header, number) for number in range(num_keys)]
+    check_unique((key for key, _ in pairs), path, "the metadata key")
+    entries = [_entry(header, number) for number in range(num_tensors)]
+    check_unique((entry.name for entry in entries), path, "tensor")
+    metadata = dict(pairs)
+    tensors = dict(_tensors(header, entries, _alignment(path, metadata)))
     return GGUFFile(path, metadata, tensors)
 
 
-def _tensor(
-    path: Path, name: str, shape: tuple[int, ...], number: int, offset: int, file_bytes: int
-) -> StoredTensor:
-    try:
-        kind = GGMLQuantizationType(number)
-    except ValueError:
-        raise ValueError(f"{path}: tensor {name!r} has the unknown type {number}") from None
-    if kind in PLAIN:
-        tensor: StoredTensor = MappedTensor(name, shape, PLAIN[kind], path, offset)
-    else:
-        per_block, block_bytes = GGML_QUANT_SIZES[kind]
-        if not _is_known(kind):
-            raise ValueError(
-                f"{path}: tensor {name!r} is of type {kind.name}, not dequantised here"
-            )
-        if shape[-1] % per_block:
-            raise ValueError(
-                f"{path}: tensor {name!r} of shape {shape} has rows that are no multiple of the "
-                f"{per_block} values in a block of {kind.name}"
-            )
-        in_bytes = (*shape[:-1], shape[-1] // per_block * block_bytes)
-        blocks = MappedTensor(name, in_bytes, np.dtype(np.uint8), path, offset)
-        tensor = QuantisedTensor(name, shape, kind, blocks)
-    if offset + tensor.nbytes > file_bytes:
-        raise ValueError(
-            f"{path} is truncated: tensor {name!r} of shape {shape} ends at byte "
-            f"{offset + tensor.nbytes}, the file has {file_bytes}. Fetch it again."
+def _pair(header: _Header, number: int) -> tuple[str, Any]:
+    key = header.text(f"metadata key {number}")
+    return key, header.value(f"the metadata key {shown(key)}")
+
+
+def _entry(header: _Header, number: int) -> _Entry:
+    name = header.text(f"the name of tensor {number}")
+    what = f"tensor {shown(name)}"
+    num_axes = header.count("I", f"the number of axes of {what}", MAX_AXES)
+    sizes = [header.number("Q", f"axis {axis} of {what}") for axis in range(num_axes)]
+    shape = shape_of(sizes[::-1], header.path, name)
+    type_number = header.number("I", f"the type of {what}")
+    return _Entry(name, shape, type_number, header.number("Q", f"the offset of {what}"))
+
+
+def _alignment(path: Path, metadata: dict[str, Any]) -> int:
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = integer(value, path, "general.alignment", 1, MAX_ALIGNMENT)
+    if alignment & (alignment - 1):
+        raise CheckpointError(
+            f"{path}: general.alignment is {alignment}, it must be a power of two: the file is "
+            "damaged, fetch it again"
         )
-    return tensor
+    return alignment
+
+
+def _tensors(
+    header: _Header, entries: list[_Entry], alignment: int
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Where each tensor lies: one behind the other, each padded to the alignment."""
+    start = _padded(header.position, alignment)
+    expected = 0
+    for entry in entries:
+        if entry.offset != expected:
+            raise CheckpointError(
+                f"{header.path}: tensor {shown(entry.name)} has offset {entry.offset}, expected "
+                f"{expected} behind the one before it: the header is damaged, fetch it again"
+            )
+        tensor = _tensor(header.path, entry, start + entry.offset)
+        end = start + entry.offset + tensor.nbytes
+        if end > len(header.data):
+            raise CheckpointError(
+                f"{header.path} is truncated: tensor {shown(entry.name)} of shape {entry.shape} "
+                f"ends at byte {end}, the file has {len(header.data)}. Fetch it again."
+            )
+        expected = _padded(entry.offset + tensor.nbytes, alignment)
+        yield entry.name, tensor
+    # Some writers leave out the padding behind the last tensor.
+    if entries and start + expected < len(header.data):
+        raise CheckpointError(
+            f"{header.path}: its tensors end at byte {start + expected}, the file at "
+            f"{len(header.data)}: the header is damaged, fetch it again"
+        )
+
+
+def _padded(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+def _tensor(path: Path, entry: _Entry, offset: int) -> StoredTensor:
+    name, shape = entry.name, entry.shape
+    try:
+        kind = GGMLQuantizationType(entry.type_number)
+    except ValueError:
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} has the unknown type {entry.type_number}"
+        ) from None
+    if kind in PLAIN:
+        return MappedTensor(name, shape, PLAIN[kind], path, offset)
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    if not _is_known(kind):
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} is of type {kind.name}, not dequantised here"
+        )
+    if not shape or shape[-1] % per_block:
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} of shape {shape} has rows that are no multiple of the "
+            f"{per_block} values in a block of {kind.name}"
+        )
+    in_bytes = (*shape[:-1], shape[-1] // per_block * block_bytes)
+    blocks = MappedTensor(name, in_bytes, np.dtype(np.uint8), path, offset)
+    return QuantisedTensor(name, shape, kind, blocks)
 
 
 @functools.cache

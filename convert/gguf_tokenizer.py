@@ -3,97 +3,114 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
 from typing import Any
 
-from jaxengine.convert.pretokenizers import NFC_MODELS, PRE_TOKENIZERS, byte_level
+from gguf import Keys
+from jaxengine.convert.errors import CheckpointError, check_unique, shown
+from jaxengine.convert.gguf_metadata import Metadata
+from jaxengine.convert.gguf_special_tokens import control_ids, special_ids
+from jaxengine.convert.pretokenizers import (
+    DEFAULT,
+    KNOWN_BY_TOKEN,
+    PRE_TOKENIZERS,
+    byte_level,
+)
 
-Metadata = Mapping[str, Any]
 Json = dict[str, Any]
+Tokenizer = Keys.Tokenizer
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-
-# llama.cpp's defaults where the file has no add_bos_token.
-BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe")
-
-
-def generation_config(metadata: Metadata) -> Json:
-    """generation_config.json: the ids of bos, eos (a list if there are several) and pad."""
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None))
-    config = {
-        "bos_token_id": ids["bos"],
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-    }
-    return {key: value for key, value in config.items() if value is not None}
+MAX_PIECE_LENGTH = 1024  # characters of a SentencePiece piece; known ones have some tens
 
 
 def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     """The tokenizer as file name -> content.
 
     Raises:
-        ValueError: If the file has no tokenizer, or one of a kind that is not known: ids that
-            are only nearly right would be worse.
+        CheckpointError: If the file has no tokenizer, a damaged one, or one of a kind that is not
+            known: ids that are only nearly right would be worse.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if "tokenizer.ggml.tokens" not in metadata or kind is None:
-        raise ValueError("the GGUF file has no tokenizer: pass tokenizer= a directory that has one")
+    kind = metadata.text(Tokenizer.MODEL)
+    if kind is None or metadata.get(Tokenizer.LIST) is None:
+        raise CheckpointError(
+            f"the GGUF file {metadata.path} has no tokenizer: pass tokenizer= a directory that has "
+            "one"
+        )
     if kind == "gpt2":
         tokenizer = _bpe(metadata)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata)
     else:
-        raise ValueError(
-            f"the GGUF file's tokenizer is of kind {kind!r}; supported: gpt2 (BPE), llama "
-            "(SentencePiece). Pass tokenizer= a directory that has tokenizer.json"
+        raise CheckpointError(
+            f"the tokenizer of the GGUF file {metadata.path} is of kind {kind!r:.80}; supported: "
+            "gpt2 (BPE), llama (SentencePiece). Pass tokenizer= a directory that has tokenizer.json"
         )
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": _config(metadata)}
     return {name: json.dumps(value, ensure_ascii=False).encode() for name, value in files.items()}
 
 
 def _bpe(metadata: Metadata) -> Json:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"the GGUF file's pre-tokeniser is {pre!r}; known: {', '.join(PRE_TOKENIZERS)}. Pass "
-            "tokenizer= a directory that has tokenizer.json"
+    name = _pre_tokenizer_name(metadata)
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"the pre-tokeniser of the GGUF file {metadata.path} is {name!r:.80}; known: "
+            f"{', '.join(PRE_TOKENIZERS)}. Pass tokenizer= a directory that has tokenizer.json"
         )
-    if "tokenizer.ggml.merges" not in metadata:
-        raise ValueError("the GGUF file lacks tokenizer.ggml.merges: it is damaged")
+    pre = PRE_TOKENIZERS[name]
+    merges = _stored_merges(metadata)
+    if merges is None:
+        raise CheckpointError(f"{metadata.path} lacks {Tokenizer.MERGES}: it is damaged")
     model = {
         "type": "BPE",
         "vocab": _vocabulary(metadata),
-        "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
-        # Llama 3 takes a word that is in the vocabulary whole, even if no merges lead to it.
-        "ignore_merges": pre in ("tekken", *BOS_BY_DEFAULT),
+        "merges": merges,
+        "ignore_merges": pre.ignores_merges,
     }
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre in BOS_BY_DEFAULT)
     return _tokenizer_json(
         metadata,
         model,
-        normalizer={"type": "NFC"} if pre in NFC_MODELS else None,
-        pre_tokenizer=PRE_TOKENIZERS[pre],
+        normalizer=pre.normalizer,
+        pre_tokenizer=pre.steps,
         decoder=byte_level(use_regex=True),
-        adds_bos=adds_bos,
+        adds_bos=metadata.flag(Tokenizer.ADD_BOS, pre.adds_bos),
     )
 
 
+def _pre_tokenizer_name(metadata: Metadata) -> str:
+    """The file's name for it; of a file from before May 2024, which has none, a guess."""
+    name = metadata.text(Tokenizer.PRE)
+    if name:
+        return name
+    tokens = _tokens(metadata)
+    known = (
+        name
+        for (number, text), name in KNOWN_BY_TOKEN.items()
+        if number < len(tokens) and tokens[number] == text
+    )
+    guess = next(known, DEFAULT)
+    warnings.warn(
+        f"{metadata.path} lacks {Tokenizer.PRE}, the name of its pre-tokeniser; {guess!r} is used"
+        + (", which may not be the model's: answers may get worse" if guess == DEFAULT else "")
+        + ". Convert the model again, or pass tokenizer= a directory that has tokenizer.json",
+        stacklevel=2,
+    )
+    return guess
+
+
 def _sentencepiece(metadata: Metadata) -> Json:
-    vocab = _vocabulary(metadata)
-    stored = metadata.get("tokenizer.ggml.merges")
     model = {
         "type": "BPE",
-        "vocab": vocab,
-        "merges": [merge.split(" ", 1) for merge in stored] if stored else _merges(metadata),
-        "unk_token": _token(metadata, "unknown"),
+        "vocab": _vocabulary(metadata),
+        "merges": _stored_merges(metadata) or _merges(metadata),
+        "unk_token": _token(metadata, "unk"),
         "fuse_unk": True,
         "byte_fallback": True,
     }
-    adds_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    adds_space = metadata.flag(Tokenizer.ADD_PREFIX, True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     before = [{"type": "Prepend", "prepend": SPACE}] if adds_space else []
     restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -106,8 +123,23 @@ def _sentencepiece(metadata: Metadata) -> Json:
         decoder=_sequence(
             "decoders", [restore, {"type": "ByteFallback"}, {"type": "Fuse"}, *after]
         ),
-        adds_bos=metadata.get("tokenizer.ggml.add_bos_token", True),
+        adds_bos=metadata.flag(Tokenizer.ADD_BOS, True),
     )
+
+
+def _stored_merges(metadata: Metadata) -> list[list[str]] | None:
+    merges = metadata.items(Tokenizer.MERGES, str)
+    if not merges:
+        return None if merges is None else []
+    # A merge may begin with a space of its own, so the separator is not the first character.
+    cuts = [merge.find(" ", 1) for merge in merges]
+    for merge, cut in zip(merges, cuts, strict=True):
+        if cut < 0:
+            raise CheckpointError(
+                f"{metadata.path}: {Tokenizer.MERGES} has the entry {shown(merge)}, expected two "
+                "tokens with a space between: the file is damaged"
+            )
+    return [[merge[:cut], merge[cut + 1 :]] for merge, cut in zip(merges, cuts, strict=True)]
 
 
 def _merges(metadata: Metadata) -> list[tuple[str, str]]:
@@ -116,15 +148,21 @@ def _merges(metadata: Metadata) -> list[tuple[str, str]]:
     SentencePiece joins the neighbours whose union has the best score; so the best score ranks
     first.
     """
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], _kinds(metadata)
-    scores = metadata.get("tokenizer.ggml.scores")
+    tokens, kinds = _tokens(metadata), _kinds(metadata)
+    scores = metadata.items(Tokenizer.SCORES, (int, float), len(tokens))
     if scores is None:
-        raise ValueError("the GGUF file lacks tokenizer.ggml.scores: it is damaged")
+        raise CheckpointError(f"{metadata.path} lacks {Tokenizer.SCORES}: it is damaged")
     pieces = {
         token: score
-        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+        for token, score, kind in zip(tokens, scores, kinds, strict=False)
         if kind == NORMAL
     }
+    longest = max(map(len, pieces), default=0)
+    if longest > MAX_PIECE_LENGTH:
+        raise CheckpointError(
+            f"{metadata.path}: {Tokenizer.LIST} has a piece of {longest} characters, at most "
+            f"{MAX_PIECE_LENGTH} are possible: the file is damaged"
+        )
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for piece in sorted(pieces, key=lambda token: (-pieces[token], ids[token])):
@@ -155,13 +193,27 @@ def _tokenizer_json(
     }
 
 
+def _tokens(metadata: Metadata) -> list[str]:
+    tokens = metadata.items(Tokenizer.LIST, str) or []
+    # As llama.cpp names them: an empty token would be found everywhere.
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
+    check_unique(tokens, metadata.path, f"the token of {Tokenizer.LIST}")
+    return tokens
+
+
 def _vocabulary(metadata: Metadata) -> dict[str, int]:
-    return {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    return {token: i for i, token in enumerate(_tokens(metadata))}
 
 
-def _kinds(metadata: Metadata) -> Sequence[int]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    return metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+def _kinds(metadata: Metadata) -> list[int]:
+    """The type of each token; what is a control token by its text is one."""
+    num_tokens = len(metadata.items(Tokenizer.LIST, str) or [])
+    found = metadata.items(Tokenizer.TOKEN_TYPE, int, num_tokens)
+    kinds = [NORMAL] * num_tokens if found is None else list(found[:num_tokens])
+    for number in control_ids(metadata):
+        if kinds[number] in (NORMAL, USER_DEFINED):
+            kinds[number] = CONTROL
+    return kinds
 
 
 def _added_tokens(metadata: Metadata) -> list[Json]:
@@ -176,16 +228,14 @@ def _added_tokens(metadata: Metadata) -> list[Json]:
             "normalized": False,
             "special": kinds[kind],
         }
-        for i, (token, kind) in enumerate(
-            zip(metadata["tokenizer.ggml.tokens"], _kinds(metadata), strict=True)
-        )
+        for i, (token, kind) in enumerate(zip(_tokens(metadata), _kinds(metadata), strict=True))
         if kind in kinds
     ]
 
 
 def _post_processor(metadata: Metadata, adds_bos: bool) -> Json | None:
     bos, eos = _token(metadata, "bos"), _token(metadata, "eos")
-    adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    adds_eos = metadata.flag(Tokenizer.ADD_EOS, False)
     before = [bos] if adds_bos and bos is not None else []
     after = [eos] if adds_eos and eos is not None else []
     if not before and not after:
@@ -213,24 +263,36 @@ def _post_processor(metadata: Metadata, adds_bos: bool) -> Json | None:
 
 def _config(metadata: Metadata) -> Json:
     """tokenizer_config.json."""
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    tokens = {f"{short}_token": _token(metadata, name) for short, name in names.items()}
-    architecture = metadata.get("general.architecture")
+    tokens = {f"{name}_token": _token(metadata, name) for name in ("bos", "eos", "unk", "pad")}
     config = {
         # The class that takes tokenizer.json as it is; a model's own class would rebuild it.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokens,
-        "chat_template": metadata.get("tokenizer.chat_template"),
-        "model_max_length": metadata.get(f"{architecture}.context_length"),
+        "chat_template": _chat_templates(metadata),
+        "model_max_length": metadata.integer(Keys.LLM.CONTEXT_LENGTH, None, low=1),
         "clean_up_tokenization_spaces": False,
     }
     return {key: value for key, value in config.items() if value is not None}
 
 
+def _chat_templates(metadata: Metadata) -> str | list[Json] | None:
+    """The chat template; a list of named ones where the file has several."""
+    default = metadata.text(Tokenizer.CHAT_TEMPLATE)
+    names = metadata.items(Tokenizer.CHAT_TEMPLATES, str) or []
+    named = {
+        name: metadata.text(Tokenizer.CHAT_TEMPLATE_N.replace("{name}", name)) for name in names
+    }
+    templates = {"default": default, **named}
+    if not any(named.values()):
+        return default
+    return [
+        {"name": name, "template": template} for name, template in templates.items() if template
+    ]
+
+
 def _token(metadata: Metadata, name: str) -> str | None:
-    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    return tokens[number] if number is not None and 0 <= number < len(tokens) else None
+    number = special_ids(metadata).get(name)
+    return None if number is None else _tokens(metadata)[number]
 
 
 def _sequence(kind: str, parts: list[Json]) -> Json:

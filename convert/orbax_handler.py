@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxengine.convert.converted import chunk_path
+from jaxengine.convert.converted import chunk_path, zarr_metadata
 from jaxengine.convert.parameters import Parameter
 from jaxengine.convert.tensors import Index
 from tqdm import tqdm
@@ -76,7 +76,7 @@ def blocks(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterator[In
 def _write_array(directory: Path, parameter: Parameter, bar: tqdm[Any]) -> BinaryIO:
     """Write one array; what it returns is open and has yet to be flushed."""
     directory.mkdir(parents=True)
-    (directory / ".zarray").write_text(json.dumps(_zarr_metadata(parameter)))
+    (directory / ".zarray").write_text(json.dumps(zarr_metadata(parameter.shape, parameter.dtype)))
     file = chunk_path(directory, len(parameter.shape)).open("wb")
     for index in blocks(parameter.shape, parameter.dtype.itemsize, BLOCK_BYTES):
         values = np.ascontiguousarray(parameter.load(index)).reshape(-1)
@@ -89,24 +89,3 @@ def _flush(file: BinaryIO) -> None:
     with file:
         file.flush()
         os.fsync(file.fileno())
-
-
-def _zarr_metadata(parameter: Parameter) -> dict[str, Any]:
-    """What .zarray says.
-
-    Source: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html; for bfloat16 and the 8-bit
-    floats, which it does not know, TensorStore's zarr driver.
-    """
-    dtype = parameter.dtype
-    has_letters = dtype.kind in "fiub" and dtype.str[1] != "V"
-    return {
-        "zarr_format": 2,
-        "shape": parameter.shape,
-        "chunks": parameter.shape,
-        "dtype": dtype.str if has_letters else dtype.name,
-        "compressor": None,
-        "filters": None,
-        "fill_value": None,
-        "order": "C",
-        "dimension_separator": ".",
-    }

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxengine.convert import converted
-from jaxengine.convert.checkpoint import Checkpoint
+from jaxengine.convert.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, write_files
 from jaxengine.convert.parameters import Parameter, parameters
 from jaxengine.convert.readers import open_checkpoint
 from tqdm import tqdm
@@ -79,8 +79,7 @@ def convert_checkpoint(
     with holding(partial):
         try:
             partial.chmod(0o755)  # mkdtemp makes it private
-            for name, content in files.items():
-                (partial / name).write_bytes(content)
+            write_files(partial, files)
             with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
                 _write_parameters(partial / converted.PARAMETERS, tree, bar)
             _sync(partial)
@@ -140,9 +139,9 @@ def _small_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, bytes]:
     if dtype is not None:
         # Old configs say torch_dtype, new ones dtype; a reader may look at either.
         config = {**config, "dtype": dtype, "torch_dtype": dtype}
-    files = {**checkpoint.tokenizer_files(), "config.json": _json(config)}
+    files = {**checkpoint.tokenizer_files(), CONFIG: _json(config)}
     if checkpoint.generation_config:
-        files["generation_config.json"] = _json(checkpoint.generation_config)
+        files[GENERATION_CONFIG] = _json(checkpoint.generation_config)
     return files
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+from jaxengine.convert.errors import CheckpointError
 
 Index = tuple[slice, ...]
 
@@ -89,6 +90,38 @@ class MappedTensor:
         # Plain ndarray: np.memmap as a subclass would follow the array through every operation.
         mapped = np.memmap(self.path, np.uint8, mode="r", offset=offset, shape=(length,))
         return np.asarray(mapped).view(self.dtype)
+
+
+@dataclass(frozen=True)
+class ZeroTensor:
+    """A tensor that a format may leave out, where its absence means zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype = DTYPES["float32"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return 0
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop``."""
+        return np.zeros((stop - start, *self.shape[1:]), self.dtype)
+
+
+def file_bytes_of(path: Path) -> int:
+    """Length of a file of weights.
+
+    Raises:
+        CheckpointError: If it is missing, or no file.
+    """
+    try:
+        if path.is_file():
+            return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    raise CheckpointError(f"{path} is missing" if not path.exists() else f"{path} is no file")
 
 
 def read(tensor: StoredTensor) -> np.ndarray:

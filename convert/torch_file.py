@@ -1,197 +1,119 @@
-"""Reads a ``torch.save`` file (zip format) without torch and without running what it says.
-
-A pickle may name any function and call it. The unpickler here knows only how torch rebuilds
-tensors, the storage types, and OrderedDict; every other name is refused. A tensor is never built
-while unpickling: what comes out are records that say where its values lie in the zip file.
-"""
+"""Opens a ``torch.save`` file (zip format) without torch: its tensors, mapped where they lie."""
 
 from __future__ import annotations
 
-import io
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxengine.convert import torch_pickle
+from jaxengine.convert.errors import (
+    MAX_ELEMENTS,
+    CheckpointError,
+    check_unique,
+    integer,
+    shape_of,
+    shown,
+)
 from jaxengine.convert.tensors import MappedTensor
+from jaxengine.convert.torch_pickle import TensorRecord
+from jaxengine.convert.torch_zip import Entry, content_of, read_entries
 
-DTYPES: dict[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
-STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-}
-
-
-# Tuples, not objects: pickle can set attributes on an object after it is built, never on these.
-class _Dtype(NamedTuple):
-    name: str
-
-
-class _Storage(NamedTuple):
-    dtype: _Dtype
-    key: str
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    dtype: _Dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuild_tensor_v2(
-    storage: Any, offset: Any, shape: Any, strides: Any, *unused: Any
-) -> _Tensor:
-    return _Tensor(storage, storage.dtype, int(offset), tuple(shape), tuple(strides))
-
-
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> _Tensor:
-    return _Tensor(storage, dtype, int(offset), tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: Any, *unused: Any) -> Any:
-    return tensor
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch.storage", "UntypedStorage"): _Dtype("uint8"),
-    **{("torch", name): _Dtype(dtype) for name, dtype in STORAGES.items()},
-    **{("torch", name): _Dtype(name) for name in DTYPES},
-}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds records of tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise ValueError(
-                f"its pickle names {module}.{name}, which is no part of a tensor. A pickle can "
-                "run any code, so this file is refused: use a safetensors checkpoint"
-            )
-        return ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, *_ = pid
-        if not isinstance(dtype, _Dtype):
-            raise ValueError(f"its pickle has a storage of unknown type {dtype!r}")
-        return _Storage(dtype, str(key))
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in torch_pickle.DTYPES}
+MAX_PICKLE_BYTES = 64 * 2**20  # of the largest models: some MB
 
 
 def open_torch_file(path: Path) -> dict[str, MappedTensor]:
     """Every tensor of the file, by name, mapped where it lies.
 
     Raises:
-        ValueError: If the file is no zip of torch's, is truncated, holds a pickle that names
+        CheckpointError: If the file is no zip of torch's, is damaged, holds a pickle that names
             anything but tensors, or a tensor that leaves its storage.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            state, locate = _read_state(archive, path)
-            return {str(name): _mapped(path, name, value, locate) for name, value in state.items()}
-    except zipfile.BadZipFile:
-        raise ValueError(
-            f"{path} is truncated, or in torch's format from before 1.6: fetch it again, or use "
-            "a safetensors checkpoint"
-        ) from None
+    entries = read_entries(path)
+    root = _root(path, entries)
+    byteorder = entries.get(f"{root}byteorder")
+    if byteorder is not None and content_of(path, byteorder) != b"little":
+        raise CheckpointError(f"{path} was written on a big-endian machine: not supported")
+    state = _state(path, entries[f"{root}data.pkl"])
+    storages = {name.removeprefix(f"{root}data/"): entry for name, entry in entries.items()}
+    tensors = [_mapped(path, str(name), value, storages) for name, value in state.items()]
+    check_unique((tensor.name for tensor in tensors), path, "tensor")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _read_state(
-    archive: zipfile.ZipFile, path: Path
-) -> tuple[dict[Any, Any], Callable[[str], zipfile.ZipInfo]]:
-    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+def _root(path: Path, entries: Mapping[str, Entry]) -> str:
+    """The folder of the zip in which all lies: torch names it after the file."""
+    names = [name for name in entries if name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise ValueError(f"{path} is a zip without torch's data.pkl")
-    root = names[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError(f"{path} was written on a big-endian machine: not supported")
+        raise CheckpointError(f"{path} is a zip without torch's data.pkl")
+    return names[0].removesuffix("data.pkl")
+
+
+def _state(path: Path, entry: Entry) -> dict[Any, Any]:
+    integer(entry.size, path, "the size of data.pkl", 1, MAX_PICKLE_BYTES)
     try:
-        state = _TensorUnpickler(io.BytesIO(archive.read(names[0]))).load()
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: its pickle is damaged ({error})") from None
+        state = torch_pickle.load(content_of(path, entry))
+    except torch_pickle.PickleError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
-
-    def locate(key: str) -> zipfile.ZipInfo:
-        return archive.getinfo(f"{root}data/{key}")
-
-    return state, locate
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    return state
 
 
-def _mapped(
-    path: Path, name: Any, value: Any, locate: Callable[[str], zipfile.ZipInfo]
-) -> MappedTensor:
-    if not isinstance(value, _Tensor):
-        raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
-    try:
-        entry = locate(value.storage.key)
-    except KeyError:
-        raise ValueError(f"{path}: the values of tensor {name!r} are missing") from None
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: tensor {name!r} is compressed, which torch never does")
-    dtype = np.dtype(DTYPES[value.dtype.name])
-    _check_inside(path, name, value, dtype.itemsize, entry.file_size)
-    offset = _data_start(path, entry) + value.offset * dtype.itemsize
-    strides = None if value.strides == _c_strides(value.shape) else value.strides
-    return MappedTensor(str(name), value.shape, dtype, path, offset, strides)
+def _mapped(path: Path, name: str, value: Any, storages: Mapping[str, Entry]) -> MappedTensor:
+    if not isinstance(value, TensorRecord):
+        raise CheckpointError(
+            f"{path}: {shown(name)} is a {type(value).__name__}, expected a tensor"
+        )
+    entry = storages.get(value.storage.key)
+    if entry is None:
+        raise CheckpointError(f"{path}: the values of tensor {shown(name)} are missing")
+    _check_storage(path, name, value, entry)
+    dtype = DTYPES[value.dtype.name]
+    shape, strides, offset = _layout(path, name, value, dtype.itemsize, entry.size)
+    start = entry.start + offset * dtype.itemsize
+    return MappedTensor(
+        name, shape, dtype, path, start, None if strides == _c_strides(shape) else strides
+    )
 
 
-def _check_inside(path: Path, name: Any, value: _Tensor, itemsize: int, num_bytes: int) -> None:
-    sizes = (*value.shape, *value.strides, value.offset)
-    whole = len(value.shape) == len(value.strides) and all(type(n) is int for n in sizes)
-    if not whole or min(sizes) < 0:
-        raise ValueError(f"{path}: tensor {name!r} has a damaged shape {value.shape}")
-    last = sum((size - 1) * step for size, step in zip(value.shape, value.strides, strict=True))
-    needed = (value.offset + last + 1) * itemsize if all(value.shape) else 0
-    if needed > num_bytes:
-        raise ValueError(
-            f"{path}: tensor {name!r} of shape {value.shape} needs {needed} bytes, "
-            f"its storage holds {num_bytes}"
+def _check_storage(path: Path, name: str, value: TensorRecord, entry: Entry) -> None:
+    itemsize = DTYPES[value.storage.dtype.name].itemsize
+    declared = value.storage.num_elements
+    integer(declared, path, f"the storage of tensor {shown(name)}", 0, 1 << 62)
+    if declared * itemsize != entry.size:
+        raise CheckpointError(
+            f"{path}: the storage of tensor {shown(name)} is said to hold {declared * itemsize} "
+            f"bytes, it holds {entry.size}: the file is damaged, fetch it again"
         )
 
 
-def _data_start(path: Path, entry: zipfile.ZipInfo) -> int:
-    with path.open("rb") as file:
-        file.seek(entry.header_offset + 26)
-        name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-    # 30 bytes of local file header, then its name and its extra field (torch pads with it).
-    return int(entry.header_offset + 30 + name_bytes + extra_bytes)
+def _layout(
+    path: Path, name: str, value: TensorRecord, itemsize: int, num_bytes: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset of a tensor, in elements, that stay inside its storage."""
+    shape = shape_of(value.shape, path, name)
+    strides = value.strides if isinstance(value.strides, tuple) else ()
+    for step in strides[: len(shape)]:
+        integer(step, path, f"a stride of tensor {shown(name)}", 0, MAX_ELEMENTS)
+    offset = integer(value.offset, path, f"the offset of tensor {shown(name)}", 0, num_bytes)
+    if len(strides) != len(shape):
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} has a damaged shape {shape}, with strides "
+            f"{shown(value.strides)}"
+        )
+    last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    needed = (offset + max(last + 1, math.prod(shape))) * itemsize if all(shape) else 0
+    if needed > num_bytes:
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} of shape {shape} needs {needed} bytes, "
+            f"its storage holds {num_bytes}"
+        )
+    return shape, strides, offset
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

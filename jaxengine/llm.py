@@ -53,7 +53,7 @@ class LLM:
         generation_config = checkpoint.generation_config
         leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
         self._tokenizer: Tokenizer | None = None
-        eos_token_ids = frozenset[int]()
+        eos_token_ids = frozenset(checkpoint.eos_token_ids)
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
             eos_token_ids = self._tokenizer.eos_token_ids
@@ -374,9 +374,7 @@ def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
 
 def _load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None) -> Tokenizer:
     """Load the tokenizer named, or the one that lies with the model."""
-    generation_config = checkpoint.generation_config or {
-        "eos_token_id": checkpoint.hf_config.get("eos_token_id")
-    }
+    generation_config = {"eos_token_id": checkpoint.eos_token_ids}
     if tokenizer is not None and not tokenizer.endswith(".gguf"):
         return load_tokenizer(tokenizer, generation_config=generation_config)
     source = checkpoint if tokenizer is None else open_model(tokenizer)

@@ -143,8 +143,24 @@ def test_a_hub_model_with_safetensors_is_fetched_without_its_pickles(
     save_model(tmp_path)
     calls = fake_hub(monkeypatch, lambda: tmp_path)
     assert open_checkpoint("org/name").source == tmp_path
-    assert len(calls) == 1
-    assert not any(pattern.endswith(".bin") for pattern in calls[0])
+    assert calls[0] == ["config.json", "generation_config.json"]
+    asked = [pattern for call in calls for pattern in call]
+    assert "*.safetensors" in asked
+    assert not any(pattern.endswith(".bin") for pattern in asked)
+
+
+def test_a_config_that_cannot_be_used_ends_the_fetching_before_tokenizer_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Strange"]}')
+    calls = fake_hub(monkeypatch, lambda: tmp_path)
+
+    def refuse(config: dict[str, Any]) -> None:
+        raise ValueError(f"no {config['architectures'][0]}")
+
+    with pytest.raises(ValueError, match="no Strange"):
+        open_checkpoint("org/name", check_config=refuse)
+    assert calls == [["config.json", "generation_config.json"]]
 
 
 def test_a_hub_model_without_safetensors_is_fetched_with_its_pickles(
@@ -156,7 +172,7 @@ def test_a_hub_model_without_safetensors_is_fetched_with_its_pickles(
     (tmp_path / "config.json").write_text("{}")
     calls = fake_hub(monkeypatch, lambda: tmp_path)
     assert open_checkpoint("org/name").format == "pytorch_bin"
-    assert "pytorch_model*.bin" in calls[1]
+    assert any("pytorch_model*.bin" in call for call in calls)
 
 
 def hub_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:

@@ -71,7 +71,7 @@ def test_a_damaged_header_entry_names_the_tensor(tmp_path: Path) -> None:
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
     entry = {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}
-    with pytest.raises(ValueError, match="'x' has dtype F4"):
+    with pytest.raises(ValueError, match="'x' has dtype 'F4'"):
         open_safetensors(write_raw(tmp_path / "f", {"x": entry}, bytes(2)))
 
 

@@ -122,7 +122,7 @@ def rewritten(path: Path, **changes: bytes | None) -> Path:
 
 def test_a_tensor_that_leaves_its_storage_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "f.bin", {"x": torch.ones(4)})
-    with pytest.raises(ValueError, match=r"'x' of shape \(4,\) needs 16 bytes, .* holds 12"):
+    with pytest.raises(ValueError, match=r"of tensor 'x' is said to hold 16 bytes, it holds 12"):
         open_torch_file(rewritten(path, **{"data/0": bytes(12)}))
 
 
