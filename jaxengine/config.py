@@ -195,6 +195,8 @@ class EngineConfig:
         hf_overrides: Fields that replace those of config.json.
         generation_config: auto (the model's defaults) or vllm (neutral defaults).
         max_logprobs: Most log-probabilities that a request may ask for per token; -1 for all.
+        reasoning_parser: How the model marks its reasoning: deepseek_r1, qwen3, gpt_oss or think;
+            empty if it does not reason. Grammars of structured outputs apply behind it.
         skip_tokenizer_init: Take and return token ids only.
         trust_remote_code: Refused: code from a checkpoint is never run.
         disable_log_stats: Print neither progress bars nor the report of the start.
@@ -233,6 +235,7 @@ class EngineConfig:
     hf_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     generation_config: str = "auto"
     max_logprobs: int = 20
+    reasoning_parser: str = ""
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     disable_log_stats: bool = False

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from jaxengine.interrupts import interrupts_deferred
 from jaxengine.outputs import RequestOutput
 from jaxengine.process import prepare_process
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+from jaxengine.structured.constraint import TokenConstraint
+from jaxengine.structured.constraint_factory import ConstraintFactory
+from jaxengine.structured.reasoning import markers_of
 from jaxengine.text.output_processor import OutputProcessor
 from jaxengine.text.progress import Progress
 from jaxengine.text.prompts import EncodedPrompt, Prompt, as_list, checked, parse_prompt
@@ -48,6 +51,7 @@ class LLM:
     def __init__(self, model: str, tokenizer: str | None = None, **engine_args: Any) -> None:
         started = time.perf_counter()
         config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
+        markers_of(config.reasoning_parser)  # refused before anything is loaded
         prepare_process(config)
         checkpoint = open_model(config.model, config.load_format, config.revision)
         generation_config = checkpoint.generation_config
@@ -69,6 +73,7 @@ class LLM:
         self.engine_config = config
         self._generation_config = generation_config if config.generation_config == "auto" else {}
         self._processor = OutputProcessor(self._tokenizer)
+        self._constraints: ConstraintFactory | None = None  # until a request needs one
         self._request_numbers = itertools.count()
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
         self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
@@ -290,6 +295,28 @@ class LLM:
         bad_ids = self._require_tokenizer().bad_words_token_ids(params.bad_words)
         return params.clone(bad_words_token_ids=bad_ids)
 
+    def _constraint_maker(
+        self, params: SamplingParams, prompt_token_ids: Sequence[int]
+    ) -> Callable[[], TokenConstraint | None]:
+        """Return what makes the constraint of each output of a request.
+
+        Raises:
+            ValueError: If its grammar cannot be compiled.
+        """
+        if params.structured_outputs is None and params.thinking_token_budget is None:
+            return lambda: None
+        return self._constraint_factory().maker(params, prompt_token_ids)
+
+    def _constraint_factory(self) -> ConstraintFactory:
+        if self._constraints is None:
+            self._constraints = ConstraintFactory(
+                self._require_tokenizer().hf_tokenizer,
+                self.engine.model_config.vocab_size,
+                self.engine.eos_token_ids,
+                reasoning_parser=self.engine_config.reasoning_parser,
+            )
+        return self._constraints
+
     def _add_all(
         self,
         inputs: Sequence[EncodedPrompt],
@@ -297,15 +324,23 @@ class LLM:
         priorities: Sequence[int],
     ) -> list[str]:
         """Queue all prompts, or none of them if one is refused."""
+        for each in params:  # side by side, before the first is waited for
+            if each.structured_outputs is not None:
+                self._constraint_factory().prepare(each)
         request_ids: list[str] = []
         try:
             for (text, token_ids), each, priority in zip(inputs, params, priorities, strict=True):
+                new_constraint = self._constraint_maker(each, token_ids)
                 request_id = str(next(self._request_numbers))
                 request_ids.append(request_id)
                 children = self._processor.add_request(request_id, text, token_ids.tolist(), each)
                 for child in children:
                     self.engine.add_request(
-                        child.request_id, token_ids, child.sampling_params, priority=priority
+                        child.request_id,
+                        token_ids,
+                        child.sampling_params,
+                        priority=priority,
+                        constraint=new_constraint(),
                     )
         except BaseException:
             self._abort_all(request_ids)

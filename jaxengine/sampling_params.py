@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+from jaxengine.structured.params import StructuredOutputsParams, as_params
+
 MAX_NUM_SEQS_PER_PROMPT = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
 MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -66,7 +68,10 @@ class SamplingParams:
         bad_words: Texts that must not be generated: the last token of each is masked
             where the output ends with the tokens before it.
         logprob_token_ids: Also return the logprobs of exactly these tokens.
-        structured_outputs: Not supported yet; anything but None is an error.
+        structured_outputs: The form that the output must have, ``StructuredOutputsParams`` or a
+            mapping of its fields. ``guided_decoding`` is its older name.
+        thinking_token_budget: Most tokens of reasoning, which is then ended; None or -1 for no
+            limit. Needs ``reasoning_parser``.
         extra_args: Passed through for plugins.
         bad_words_token_ids: ``bad_words`` as token ids; filled in by the front end.
 
@@ -99,7 +104,9 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     logprob_token_ids: Sequence[int] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: Any = field(default=None, repr=False)
+    thinking_token_budget: int | None = None
     extra_args: Mapping[str, Any] | None = None
     bad_words_token_ids: list[list[int]] | None = field(default=None, repr=False)
 
@@ -168,10 +175,7 @@ class SamplingParams:
         return f"SamplingParams({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def _normalize(self) -> None:
-        if self.structured_outputs is not None:
-            raise ValueError(
-                "structured_outputs is not supported yet; leave it None and check the text instead"
-            )
+        self._normalize_structured_outputs()
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             token_ids = getattr(self, name)
@@ -192,6 +196,20 @@ class SamplingParams:
             self.logit_bias = _clamped_bias(self.logit_bias)
         if isinstance(self.bad_words, str):
             self.bad_words = [self.bad_words]
+
+    def _normalize_structured_outputs(self) -> None:
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise ValueError(
+                    "guided_decoding is the older name of structured_outputs: give one of the two"
+                )
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
+        if self.structured_outputs is not None:
+            self.structured_outputs = as_params(self.structured_outputs)
+        budget = _plain_int(self.thinking_token_budget)
+        self.thinking_token_budget = None if budget == -1 else budget
+        if self.thinking_token_budget is not None:
+            _check_int("thinking_token_budget", budget, 0, "use None or -1 for no limit")
 
     def _check_numbers(self) -> None:
         for name, low, high in (

@@ -32,7 +32,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "pallas_kernels/*": ("flax", "transformers"),
     "convert/*": ("flax", "transformers"),
     "jaxengine/config.py": ("numpy", "jaxengine", *DEVICE, *OUTSIDE),
-    "jaxengine/sampling_params.py": ("numpy", "jaxengine", *DEVICE, *OUTSIDE),
+    "jaxengine/sampling_params.py": ("numpy", "jaxengine.engine", *DEVICE, *MODELS, *OUTSIDE),
     "jaxengine/outputs.py": ("numpy", *DEVICE, *MODELS, "jaxengine.engine", *OUTSIDE),
     "jaxengine/batch.py": ("jaxengine.engine", "jaxengine.layers", *MODELS, *OUTSIDE),
     "jaxengine/sharding.py": ("jaxengine.engine", "jaxengine.layers", *MODELS, *OUTSIDE),
@@ -51,6 +51,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         *(*DEVICE, *MODELS, *WHOLE_ENGINE, "jaxengine.engine.device"),
     ),
     "jaxengine/text/*tokenizer.py": ("jaxengine.engine",),
+    "jaxengine/structured/*": (*DEVICE, *MODELS, *OUTSIDE[:-2], "jaxengine.engine"),
     "jaxengine/text/stop_strings.py": ("numpy", "jaxengine", "transformers"),
     "jaxengine/distributed/*": (*OUTSIDE, "jaxengine.convert"),
     **{
@@ -70,6 +71,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 OF_OURS: dict[str, tuple[str, ...]] = {
     "pallas_kernels/*": ("jaxengine.pallas_kernels",),
     "convert/*": ("jaxengine.convert",),
+    "jaxengine/sampling_params.py": ("jaxengine.structured.params",),
+    "jaxengine/structured/params.py": (),
     "jaxengine/engine/scheduling/*": ("jaxengine.engine.scheduling", "jaxengine.sampling_params"),
 }
 # The same, for imports at the top of a file only: convert runs where jax is not installed ...

@@ -48,7 +48,8 @@ def test_the_defaults_are_those_of_vllm() -> None:
         ({"bad_words": [" "]}, "non-empty"),
         ({"bad_words": ["x"] * 129}, "limit 128"),
         ({"logprob_token_ids": [1] * 129}, "limit is 128"),
-        ({"structured_outputs": {"regex": "a"}}, "not supported yet"),
+        ({"structured_outputs": {"regex": ""}}, "regex must be text"),
+        ({"structured_outputs": "a"}, "must be StructuredOutputsParams or a mapping"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from jaxengine.distributed.heartbeat import HEARTBEAT, Heartbeat
 from jaxengine.distributed.identity import collect_facts
 from jaxengine.distributed.roll_call import HostsError, cluster_key, join_leader
 from jaxengine.distributed.runtime import check_not_started, start_jax
-from jaxengine.distributed.step_frames import STEP, decode_step
+from jaxengine.distributed.step_frames import STEP, decode_masks, decode_step
 from jaxengine.engine.build import build_runner
 from jaxengine.engine.device.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.garbage_collection import exempt_from_garbage_collection
@@ -123,7 +123,7 @@ def follow(link: LeaderLink, runners: Sequence[ModelRunner]) -> None:
     while (frame := link.receive()).kind != "shutdown":
         if frame.kind == STEP:
             replica, inputs = decode_step(frame)
-            runners[replica].dispatch(inputs)
+            runners[replica].dispatch(inputs, lambda: decode_masks(link.receive()))
         elif frame.kind == "restore":
             runners[int(frame.values["replica"])].restore_state()
         else:

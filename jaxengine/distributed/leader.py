@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 
 from jaxengine.distributed.channel import ChannelClosedError
 from jaxengine.distributed.frames import Frame
 from jaxengine.distributed.heartbeat import HEARTBEAT, Heartbeat
 from jaxengine.distributed.roll_call import Follower
-from jaxengine.distributed.step_frames import encode_step
+from jaxengine.distributed.step_frames import encode_masks, encode_step
 from jaxengine.engine.device.model_runner import RunnerHooks
 from jaxengine.engine.device.step_inputs import StepInputs
 
@@ -84,6 +85,7 @@ class Leader:
         """How a replica's runner takes the followers along."""
         return RunnerHooks(
             on_dispatch=functools.partial(self._send_step, replica),
+            on_masks=self._send_masks,
             on_restore=functools.partial(self._send_restore, replica),
             wait=self.wait,
             agree_on_blocks=self._agree_on_blocks,
@@ -156,6 +158,11 @@ class Leader:
         self.check()
         self._is_launching = True
         self._send(encode_step(inputs, replica))
+
+    def _send_masks(self, masks: np.ndarray) -> None:
+        self.check()
+        self._is_launching = True  # the forward runs everywhere, the sampler nowhere yet
+        self._send(encode_masks(masks))
 
     def _send_restore(self, replica: int) -> None:
         """After an error: go on together if the devices are in step, else end together."""

@@ -13,6 +13,7 @@ from jaxengine.distributed.frames import Frame
 from jaxengine.engine.device.step_inputs import StepInputs
 
 STEP = "step"
+MASKS = "masks"
 
 
 def encode_step(inputs: StepInputs, replica: int = 0) -> Frame:
@@ -37,6 +38,22 @@ def decode_step(frame: Frame) -> tuple[int, StepInputs]:
     if not isinstance(replica, int):
         raise ValueError(f"a step's frame names replica {replica!r}, not a number")
     return replica, _from_plain(StepInputs, frame.values.get("inputs"), frame.arrays)
+
+
+def encode_masks(masks: np.ndarray) -> Frame:
+    """Return the masks of the step sent last, which follow it once they are known."""
+    return Frame(MASKS, {}, (masks,))
+
+
+def decode_masks(frame: Frame) -> np.ndarray:
+    """Return a step's masks.
+
+    Raises:
+        ValueError: If the frame holds anything else.
+    """
+    if frame.kind != MASKS or len(frame.arrays) != 1:
+        raise ValueError(f"a frame of kind {frame.kind!r} came where a step's masks were needed")
+    return frame.arrays[0]
 
 
 def _to_plain(value: Any, arrays: list[np.ndarray]) -> Any:

@@ -22,7 +22,9 @@ from jaxengine.engine.scheduling.scheduler_output import (
     SchedulerOutput,
     SchedulerStats,
 )
+from jaxengine.engine.token_masks import TokenMasks
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.structured.constraint import TokenConstraint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Engine:
         self._seed = seed
         self._pending: collections.deque[PendingStep] = collections.deque()
         self._in_flight: collections.deque[SchedulerOutput] = collections.deque()
+        self._masks: TokenMasks | None = None  # until a request has a constraint
 
     def add_request(
         self,
@@ -73,8 +76,17 @@ class Engine:
         *,
         arrival_time: float | None = None,
         priority: int = 0,
+        constraint: TokenConstraint | None = None,
     ) -> Request:
         """Queue a request.
+
+        Args:
+            request_id: Unique among the unfinished requests.
+            prompt_token_ids: The prompt.
+            params: How to sample and when to stop.
+            arrival_time: Seconds, any clock; None for now.
+            priority: Smaller runs first, with the priority policy.
+            constraint: Says which tokens may come next; this request's own. None for all.
 
         Raises:
             ValueError: If it can never run: the prompt is empty, too long, or holds token ids
@@ -91,9 +103,12 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.time() if arrival_time is None else arrival_time,
             priority=priority,
+            constraint=constraint,
         )
         self._check_token_ids(request)
         self.scheduler.add_request(request)
+        if constraint is not None and self._masks is None:
+            self._masks = TokenMasks(self.model_config.vocab_size)
         return request
 
     def abort(self, request_id: str) -> None:
@@ -126,10 +141,17 @@ class Engine:
         return self.take_in(oldest, token_ids)
 
     def dispatch(self) -> None:
-        """Dispatch what can run, up to the limit of steps in flight; never waits."""
+        """Dispatch what can run, up to the limit of steps in flight.
+
+        Never waits, unless a request has a constraint: then, behind a step's forward, for the
+        tokens that its masks depend on.
+        """
         while (scheduled := self.scheduler.schedule()) is not None:
             self._in_flight.append(scheduled)
-            self._pending.append(self.runner.execute(scheduled))
+            if self._masks is None:
+                self._pending.append(self.runner.execute(scheduled))
+            else:
+                self._pending.append(self.runner.execute(scheduled, self._fill_masks))
 
     @property
     def has_pending_steps(self) -> bool:
@@ -152,6 +174,8 @@ class Engine:
         """Give the scheduler the tokens of a step that was read."""
         self._in_flight.popleft()
         outputs = self.scheduler.update_from_output(step.scheduler_output, token_ids)
+        if self._masks is not None and self._masks.broken:
+            self._abort_broken(outputs, self._masks.broken)
         return StepResult(outputs, step)
 
     def give_up_steps(self) -> None:
@@ -171,6 +195,18 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if requests still run."""
         return self.scheduler.block_pool.reset_prefix_cache()
+
+    def _fill_masks(self, step: SchedulerOutput, num_masks: int) -> np.ndarray:
+        assert self._masks is not None
+        return self._masks.fill(step, num_masks, self._pending)
+
+    def _abort_broken(self, outputs: list[EngineCoreOutput], broken: dict[str, str]) -> None:
+        """End requests whose constraint has failed, with the reason."""
+        for output in outputs:
+            reason = broken.pop(output.request_id, None)
+            if reason is not None and output.finish_reason is not FinishReason.LENGTH:
+                self.scheduler.finish(output.request_id, FinishReason.ABORT, reason)
+                output.finish_reason, output.stop_reason = FinishReason.ABORT, reason
 
     def _check_token_ids(self, request: Request) -> None:
         bad = token_id_outside(request.all_token_ids, self.model_config.vocab_size)

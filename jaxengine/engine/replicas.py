@@ -21,6 +21,7 @@ from jaxengine.engine.scheduling.request import Request
 from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
 from jaxengine.engine.start_report import Startup
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.weights import Checkpoint
 
 POLL_S = 50e-6  # hidden behind the second step in flight, which the device goes on with
@@ -63,6 +64,7 @@ class ReplicaGroup:
         *,
         arrival_time: float | None = None,
         priority: int = 0,
+        constraint: TokenConstraint | None = None,
     ) -> Request:
         """Queue a request at the replica with the fewest unfinished tokens.
 
@@ -73,7 +75,12 @@ class ReplicaGroup:
         if number is None:  # else the name is in use, which its replica will say
             number = self._router.choose()
         request = self.replicas[number].add_request(
-            request_id, prompt_token_ids, params, arrival_time=arrival_time, priority=priority
+            request_id,
+            prompt_token_ids,
+            params,
+            arrival_time=arrival_time,
+            priority=priority,
+            constraint=constraint,
         )
         self._router.place(request_id, number, request.max_num_tokens)
         return request

@@ -42,6 +42,9 @@ from jaxengine.weights import Params
 
 INT32_MAX = 2**31 - 1
 
+# Returns the masks [num_masks, ceil(V/32)] of the rows of a step that have one, in their order.
+FillMasks = Callable[[SchedulerOutput, int], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
@@ -70,12 +73,14 @@ class RunnerHooks:
 
     Attributes:
         on_dispatch: Called with every step's inputs before it is dispatched.
+        on_masks: Called with the masks of a step's sampling, after its other inputs.
         on_restore: Called before the device-side state is made anew.
         wait: Returns when an array is there, or raises if it will never be.
         agree_on_blocks: Maps the KV blocks that this process has room for to those of all.
     """
 
     on_dispatch: Callable[[StepInputs], None] = _nothing
+    on_masks: Callable[[np.ndarray], None] = _nothing
     on_restore: Callable[[], None] = _nothing
     wait: Callable[[jax.Array], None] = _wait
     agree_on_blocks: Callable[[int], int] = int
@@ -272,11 +277,24 @@ class ModelRunner:
         for stage in self.stages:
             stage.restore_state()
 
-    def execute(self, step: SchedulerOutput) -> PendingStep:
-        """Dispatch a step; returns at once."""
+    def execute(self, step: SchedulerOutput, fill_masks: FillMasks | None = None) -> PendingStep:
+        """Dispatch a step; returns at once, or when the masks are there.
+
+        Args:
+            step: What was scheduled.
+            fill_masks: Called between the forward programs and the sampler, if a row has a
+                constraint: it may wait for the tokens of earlier steps, beside the forward.
+        """
         inputs = self.prepare(step)
         self._hooks.on_dispatch(inputs)
-        outputs = self.dispatch(inputs)
+
+        def masks() -> np.ndarray:
+            assert fill_masks is not None, "a request with a constraint, and no masks"
+            filled = fill_masks(step, inputs.variant.num_masks)
+            self._hooks.on_masks(filled)
+            return filled
+
+        outputs = self.dispatch(inputs, masks)
         scores = None
         if outputs.prompt_scores is not None:
             scores = PromptScores.of(step, outputs.prompt_scores)
@@ -291,6 +309,7 @@ class ModelRunner:
                 request.sampling_params.seed or 0,
                 request.prompt_token_ids,
                 request.stop_token_ids,
+                is_masked=request.constraint is not None,
             )
         shape = self._buckets.choose(step.num_scheduled_tokens, len(step.rows))
         variant, _, sampling = self.sampling_state.build_rows(step.rows, shape.num_rows)
@@ -324,8 +343,13 @@ class ModelRunner:
         unstored.append(set(targets.tolist()))
         return count
 
-    def dispatch(self, inputs: StepInputs) -> StepOutputs:
-        """Launch a step's programs; returns at once."""
+    def dispatch(self, inputs: StepInputs, masks: Callable[[], np.ndarray]) -> StepOutputs:
+        """Launch a step's programs; returns at once.
+
+        Args:
+            inputs: Of the step.
+            masks: Called before the sampler is launched, if the step's sampling needs masks.
+        """
         self._samplers.note_step()
         shape, is_scored = inputs.shape, inputs.scoring is not None
         self._store_tokens(inputs.num_token_stores)
@@ -342,7 +366,7 @@ class ModelRunner:
                 returns_hidden=is_scored and stage.parts.is_last,
             )
             hidden = outputs[0]
-        sampled = self._sample(inputs, *outputs[:2])
+        sampled = self._sample(inputs, masks, *outputs[:2])
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         if len(self.stages) > 1:
@@ -353,12 +377,19 @@ class ModelRunner:
             scores = self._prompt_scorer.score(inputs.scoring, last.params, outputs[2])
         return StepOutputs(sampled, scores)
 
-    def _sample(self, inputs: StepInputs, token_ids: jax.Array, logits: jax.Array) -> SamplerOutput:
+    def _sample(
+        self,
+        inputs: StepInputs,
+        masks: Callable[[], np.ndarray],
+        token_ids: jax.Array,
+        logits: jax.Array,
+    ) -> SamplerOutput:
         if inputs.variant == GREEDY:
             return SamplerOutput(token_ids, None)
         last = self.stages[-1]
+        filled = masks() if inputs.variant.num_masks else None
         last.last_tokens, sampled = self._samplers.sample(
-            logits, inputs.sampling, last.last_tokens, variant=inputs.variant
+            logits, inputs.sampling, last.last_tokens, filled, variant=inputs.variant
         )
         return sampled
 

@@ -1,6 +1,6 @@
 """Logits -> token ids, on the device: one pure function, compiled per ``SamplerVariant``.
 
-Order of operations: raw logprobs, float32, allowed tokens, bad words, biases (logit_bias
+Order of operations: raw logprobs, float32, masks, allowed tokens, bad words, biases (logit_bias
 and min_tokens), penalties, then greedy or temperature, min_p, top_k, top_p and a sample.
 
 The engine dispatches a step before it knows the tokens of the last one. So a row's newest
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxengine.engine.sampling.logprobs import TokenLogprobs, token_logprobs
 from jaxengine.engine.sampling.random_stream import gumbel_noise, stream_keys
@@ -64,6 +64,7 @@ def sample(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
     last_tokens: Int[Array, " S"],
+    masks: Int[Array, "M W"] | None = None,
     *,
     variant: SamplerVariant,
 ) -> tuple[Int[Array, " S"], SamplerOutput]:
@@ -73,12 +74,14 @@ def sample(
         logits: The model's output, any float type.
         rows: The batch's sampling parameters.
         last_tokens: Newest token of every slot. Donate it.
+        masks: Bit ``v % 32`` of word ``v // 32`` says whether token ``v`` may be sampled in the
+            rows whose ``mask_index`` it is; None if no row has a mask.
         variant: Static: what ``rows`` holds.
 
     Returns:
         ``last_tokens`` with the new tokens of the rows that sample, and the output.
     """
-    edited = edit_logits(logits, rows, last_tokens, variant) if variant.edits else logits
+    edited = edit_logits(logits, rows, last_tokens, variant, masks) if variant.edits else logits
     token_ids = sample_random(edited, rows, variant) if variant.random else argmax(edited)
     logprobs = None
     if variant.logprobs:
@@ -96,6 +99,7 @@ def sample_packed(
     logits: Float[Array, "B V"],
     packed: Int[Array, " P"],
     last_tokens: Int[Array, " S"],
+    masks: Int[Array, "M W"] | None = None,
     *,
     layout: PackedLayout,
     variant: SamplerVariant,
@@ -107,7 +111,7 @@ def sample_packed(
     """
     if sharding is not None:
         logits = lax.with_sharding_constraint(logits, sharding)
-    return sample(logits, unpack_rows(packed, layout), last_tokens, variant=variant)
+    return sample(logits, unpack_rows(packed, layout), last_tokens, masks, variant=variant)
 
 
 def edit_logits(
@@ -115,9 +119,39 @@ def edit_logits(
     rows: SamplingRows,
     last_tokens: Int[Array, " S"],
     variant: SamplerVariant,
+    masks: Int[Array, "M W"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Apply allowed tokens, bad words, biases and penalties, in float32."""
+    """Apply masks, allowed tokens, bad words, biases and penalties, in float32.
+
+    Where the others leave a masked row nothing, the mask alone counts: it never leaves nothing, and
+    what it keeps is what the output's form allows (``min_tokens`` cannot prolong a JSON object).
+    """
     logits = logits.astype(jnp.float32)
+    if masks is None:
+        return _edit_by_lists(logits, rows, last_tokens, variant)
+    is_masked = rows.mask_index < masks.shape[0]
+    logits = jnp.where(_allowed_by_masks(masks, rows, logits.shape[1]), logits, -jnp.inf)
+    edited = _edit_by_lists(logits, rows, last_tokens, variant)
+    has_nothing = is_masked & ~jnp.any(edited > -jnp.inf, axis=1)
+    return jnp.where(has_nothing[:, None], logits, edited)
+
+
+def _allowed_by_masks(
+    masks: Int[Array, "M W"], rows: SamplingRows, vocab_size: int
+) -> Bool[Array, "B V"]:
+    """Unpack each row's mask; rows without one allow everything."""
+    words = masks.at[rows.mask_index].get(mode="clip")[:, :, None]  # [B, W, 1]
+    bits = (words >> jnp.arange(32)) & 1  # the sign's copies, shifted in, are masked out
+    allowed = bits.reshape(words.shape[0], -1)[:, :vocab_size] > 0
+    return allowed | (rows.mask_index >= masks.shape[0])[:, None]
+
+
+def _edit_by_lists(
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    last_tokens: Int[Array, " S"],
+    variant: SamplerVariant,
+) -> Float[Array, "B V"]:
     pending = last_tokens.at[rows.slot].get(mode="clip")  # [B]
     if variant.num_allowed:
         logits = _keep_allowed(logits, rows)

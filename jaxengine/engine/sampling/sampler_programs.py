@@ -20,6 +20,7 @@ from jaxengine.engine.device.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.sampling.sampler import SamplerOutput, sample_packed
 from jaxengine.engine.sampling.sampling_inputs import PackedLayout, SamplerVariant
 from jaxengine.sharding import LOGITS_SPEC, replicated
+from jaxengine.structured.constraint import num_mask_words
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class SamplerPrograms:
         logits: jax.Array,
         packed: np.ndarray,
         last_tokens: jax.Array,
+        masks: np.ndarray | None = None,
         *,
         variant: SamplerVariant,
     ) -> tuple[jax.Array, SamplerOutput]:
@@ -114,7 +116,7 @@ class SamplerPrograms:
         if program is None:
             logger.debug("compiling a sampler of %d rows for %s", logits.shape[0], variant)
             program = self._program(variant, logits.shape[0])
-        return program(logits, packed, last_tokens)
+        return program(logits, packed, last_tokens, *([] if masks is None else [masks]))
 
     def _program(self, variant: SamplerVariant, num_rows: int) -> jax.stages.Compiled:
         key = (variant, num_rows)
@@ -138,10 +140,12 @@ class SamplerPrograms:
         sharding = replicated(self._mesh)
         logits_sharding = NamedSharding(self._mesh, LOGITS_SPEC)
         logits = (num_rows, self._vocab_size)
+        masks = (variant.num_masks, num_mask_words(self._vocab_size))
         return sample_packed.lower(
             jax.ShapeDtypeStruct(logits, self._dtype, sharding=logits_sharding),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=sharding),
             jax.ShapeDtypeStruct((self._max_num_seqs,), jnp.int32, sharding=sharding),
+            *[jax.ShapeDtypeStruct(masks, jnp.int32, sharding=sharding)][: variant.num_masks],
             layout=layout,
             variant=variant,
             sharding=sharding if self._mesh.size > 1 else None,

@@ -13,7 +13,7 @@ would compile anew. Their unused entries name row B, which ``mode="drop"`` leave
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from jaxengine.sampling_params import SamplingParams
 
 MAX_SMALL_TOP_K = 64  # a top_k up to this is found without searching the vocabulary
 LIST_BUCKETS = (256, 4096, 32768, 262144, 2097152, 16777216)
+MASK_BUCKETS = (4, 32, 256)  # rows that a mask is sent for; more: one for each row
 LOGPROB_BUCKETS = (0, 5, 20)
 LOGPROB_ID_BUCKETS = (0, 16, 128)
 NO_LOGPROBS = -2  # of a slot that wants none; -1 is the whole vocabulary
@@ -59,6 +60,7 @@ class SamplerVariant:
         num_biases: Room for sparse logit changes (logit_bias, min_tokens).
         num_bad_words: Room for bad words.
         num_allowed: Room for allowed token ids.
+        num_masks: Masks sent beside the packed vector; 0 if no row has one.
     """
 
     random: bool = False
@@ -74,6 +76,7 @@ class SamplerVariant:
     num_biases: int = 0
     num_bad_words: int = 0
     num_allowed: int = 0
+    num_masks: int = 0
 
     @property
     def truncation(self) -> bool:
@@ -83,7 +86,8 @@ class SamplerVariant:
     @property
     def edits(self) -> bool:
         """Whether some row changes its logits."""
-        return bool(self.num_history + self.num_biases + self.num_bad_words + self.num_allowed)
+        lists = self.num_history + self.num_biases + self.num_bad_words + self.num_allowed
+        return bool(lists + self.num_masks)
 
 
 GREEDY = SamplerVariant()
@@ -121,6 +125,7 @@ class SamplingRows(NamedTuple):
     allowed_rows: Any = None  # [A] int32
     allowed_tokens: Any = None  # [A] int32
     logprob_token_ids: Any = None  # [B, num_logprob_ids] int32
+    mask_index: Any = None  # [B] int32: which of the masks is the row's; num_masks for none
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ def _shapes(variant: SamplerVariant, num_rows: int) -> dict[str, tuple[int, ...]
         names.append("has_pending")
     if variant.num_allowed:
         names.append("has_allowed")
+    if variant.num_masks:
+        names.append("mask_index")
     shapes: dict[str, tuple[int, ...]] = {name: (num_rows,) for name in names}
     for group, fields in LIST_FIELDS.items():
         size = getattr(variant, f"num_{group}")
@@ -196,6 +203,7 @@ class SamplingState:
         self._values |= {name: np.zeros(max_num_seqs, np.int32) for name in SLOT_INTS}
         self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int32)
         self._is_plain = np.zeros(max_num_seqs, bool)  # wants the likeliest token, nothing else
+        self._is_masked = np.zeros(max_num_seqs, bool)  # has a constraint
         self._extras: dict[int, SlotExtras] = {}
 
     def set_slot(
@@ -205,6 +213,7 @@ class SamplingState:
         seed: int,
         prompt_token_ids: Sequence[int] = (),
         end_token_ids: frozenset[int] = frozenset(),
+        is_masked: bool = False,
     ) -> None:
         """Take over the parameters of a request that was given a slot.
 
@@ -215,6 +224,7 @@ class SamplingState:
                 None. A preempted request must come back with the same.
             prompt_token_ids: Its prompt, for the repetition penalty.
             end_token_ids: Tokens that would end it, masked before ``min_tokens``.
+            is_masked: Whether a mask comes with each of its tokens.
         """
         values = self._values
         values["temperature"][slot] = params.temperature
@@ -230,7 +240,9 @@ class SamplingState:
         self._num_logprobs[slot] = NO_LOGPROBS if wanted is None else wanted
         self._extras.pop(slot, None)
         has_extras = needs_extras(params)
-        self._is_plain[slot] = params.temperature == 0 and wanted is None and not has_extras
+        is_plain = params.temperature == 0 and wanted is None and not has_extras
+        self._is_plain[slot] = is_plain and not is_masked
+        self._is_masked[slot] = is_masked
         if has_extras:
             self._extras[slot] = SlotExtras(params, prompt_token_ids, end_token_ids)
 
@@ -253,6 +265,9 @@ class SamplingState:
         sampling = slots[samples != 0]
         is_plain = self._is_plain[sampling].all()  # most batches: found out with one look
         variant = GREEDY if is_plain else self._variant(sampling, entries, extras)
+        has_mask = np.zeros(n, bool) if is_plain else self._is_masked[slots] & (samples != 0)
+        if has_mask.any():
+            variant = replace(variant, num_masks=_num_masks(int(has_mask.sum()), num_rows))
         layout = PackedLayout.of(variant, num_rows)
         packed = np.zeros(layout.size, np.int32)
         views = layout.views(packed)
@@ -263,6 +278,9 @@ class SamplingState:
             views[name][:n] = self._values[name][slots]
         if variant.random:
             views["position"][:n] = [_position(row) for row in rows]
+        if variant.num_masks:
+            views["mask_index"][:] = variant.num_masks
+            views["mask_index"][:n][has_mask] = np.arange(has_mask.sum())
         _fill_lists(views, entries, num_rows)
         _fill_extras(views, rows, extras)
         return variant, layout, packed
@@ -328,6 +346,10 @@ def _fill_extras(
         if "logprob_token_ids" in views:
             ids = extra.logprob_token_ids
             views["logprob_token_ids"][index, : len(ids)] = ids
+
+
+def _num_masks(num_masked: int, num_rows: int) -> int:
+    return min(next((b for b in MASK_BUCKETS if b >= num_masked), num_rows), num_rows)
 
 
 def _num_logprobs(wanted: np.ndarray, vocab_size: int) -> int:

@@ -11,6 +11,7 @@ import enum
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Request:
         arrival_time: Seconds, any clock; breaks ties of priority.
         priority: Smaller runs first. Used by the priority policy only.
         cache_salt: Requests share cached blocks only with requests of the same salt.
+        constraint: Says which tokens may come next (a ``TokenConstraint``); None for all.
 
     Raises:
         ValueError: If a token id of the prompt is not an integer of 32 bits.
@@ -68,6 +70,7 @@ class Request:
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    constraint: Any = None
 
     output_token_ids: list[int] = field(default_factory=list, init=False)
     # Prompt and output known on the host: 4 bytes a token, so that hashing a block and
