@@ -17,6 +17,7 @@ from jaxengine.text.detokenizer import (
     TokenBytes,
     WindowDetokenizer,
 )
+from jaxengine.text.precompiled import check_tokenizer_json, is_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,13 +70,21 @@ class Tokenizer:
         self, texts: Sequence[str], add_special_tokens: bool = True
     ) -> list[list[int]]:
         """Return the token ids of several texts, on all cores."""
-        encoded = self.hf_tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        try:
+            encoded = self.hf_tokenizer(
+                list(texts),
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ValueError(
+                f"the tokenizer {self.hf_tokenizer.name_or_path!r} is damaged, it failed on a text "
+                f"({str(error)[:200]}): fetch it again"
+            ) from None
         return list(encoded["input_ids"])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -226,11 +235,16 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
+        check_tokenizer_json(Path(source) / "tokenizer.json")
         hf_tokenizer: Any = AutoTokenizer.from_pretrained(
             str(source), revision=revision, trust_remote_code=False, use_fast=True
         )
     except Exception as error:  # transformers raises almost any type here
         raise ValueError(_load_failure(source, error)) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(_load_failure(source, error)) from None
     if getattr(hf_tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
             f"the tokenizer in {str(source)!r} has no fast version; pass tokenizer= a directory "
@@ -239,7 +253,7 @@ def load_tokenizer(
     return Tokenizer(hf_tokenizer, generation_config)
 
 
-def _load_failure(source: str | Path, error: Exception) -> str:
+def _load_failure(source: str | Path, error: BaseException) -> str:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         reason = "it needs Python code from the checkpoint, which is never run"
