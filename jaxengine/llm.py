@@ -12,11 +12,14 @@ from typing import Any
 
 from jaxengine.config import EngineConfig
 from jaxengine.distributed.launch import start_leader
+from jaxengine.engine.build import check_hf_config
+from jaxengine.engine.engine import StepResult
 from jaxengine.engine.garbage_collection import (
     exempt_from_garbage_collection,
     paused_garbage_collection,
 )
 from jaxengine.engine.replicas import build_replicas, startup_text
+from jaxengine.fair_lock import FairLock
 from jaxengine.interrupts import interrupts_deferred
 from jaxengine.outputs import RequestOutput
 from jaxengine.process import prepare_process
@@ -24,13 +27,15 @@ from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.structured.constraint_factory import ConstraintFactory
 from jaxengine.structured.reasoning import markers_of
+from jaxengine.text.messages import split_conversations
 from jaxengine.text.output_processor import OutputProcessor
 from jaxengine.text.progress import Progress
 from jaxengine.text.prompts import EncodedPrompt, Prompt, as_list, checked, parse_prompt
-from jaxengine.text.tokenizer import Message, Tokenizer, load_tokenizer
+from jaxengine.text.tokenizer import ChatOptions, Message, Tokenizer, load_tokenizer
 from jaxengine.weights import Checkpoint, open_model
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+Inbox = collections.deque[RequestOutput | BaseException]
 
 # Fields of generation_config.json that are sampling parameters too.
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -38,6 +43,8 @@ _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 
 class LLM:
     """A model that generates text for many prompts at once.
+
+    Its methods may be called from several threads; their requests share the batch.
 
     Args:
         model: Hub name, HF directory, GGUF file, or a directory that ``jaxengine-convert`` wrote.
@@ -54,13 +61,14 @@ class LLM:
         markers_of(config.reasoning_parser)  # refused before anything is loaded
         prepare_process(config)
         checkpoint = open_model(config.model, config.load_format, config.revision)
+        check_hf_config({**checkpoint.hf_config, **config.hf_overrides})
         generation_config = checkpoint.generation_config
         leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
         self._tokenizer: Tokenizer | None = None
         eos_token_ids = frozenset(checkpoint.eos_token_ids)
         if not config.skip_tokenizer_init:
             self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
-            eos_token_ids = self._tokenizer.eos_token_ids
+            eos_token_ids |= self._tokenizer.eos_token_ids
         if leader is None:
             self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
         else:
@@ -75,8 +83,9 @@ class LLM:
         self._processor = OutputProcessor(self._tokenizer)
         self._constraints: ConstraintFactory | None = None  # until a request needs one
         self._request_numbers = itertools.count()
-        self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
-        self._news: collections.deque[RequestOutput] = collections.deque()  # for ``step``
+        self._inboxes: dict[str, Inbox] = {}
+        self._news: Inbox = collections.deque()  # for ``step``
+        self._lock = FairLock()  # of all above: calls may come from several threads
         if leader is not None:
             leader.unfinished_requests = lambda: self._processor.unfinished_request_ids
         exempt_from_garbage_collection(owner=self)
@@ -129,8 +138,8 @@ class LLM:
         if len(priorities) != len(inputs):
             raise ValueError(f"{len(priorities)} priorities were given for {len(inputs)} prompts")
         final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
-        request_ids = self._add_all(inputs, final, priorities)
-        return self._run_to_end(request_ids, use_tqdm)
+        request_ids, inbox = self._add_all(inputs, final, priorities)
+        return self._run_to_end(request_ids, inbox, use_tqdm)
 
     def chat(
         self,
@@ -139,6 +148,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
@@ -147,28 +157,33 @@ class LLM:
         """Answer one conversation, or each of several, with the model's chat template.
 
         Args:
-            messages: A list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            messages: A list of ``{"role": ..., "content": ...}``, or a list of such lists. A
+                content is text, a list of text parts, or absent.
             sampling_params: As for ``generate``.
             use_tqdm: As for ``generate``.
             chat_template: Jinja template to use instead of the model's.
+            chat_template_content_format: What the template takes as content: "string", "openai" (a
+                list of parts), or "auto", which reads it from the template.
             add_generation_prompt: Begin the assistant's turn at the end.
             continue_final_message: Let the model go on with the last message instead.
             tools: Function descriptions for the template.
-            chat_template_kwargs: Further variables of the template.
+            chat_template_kwargs: Further variables of the template; they win over the arguments.
+
+        Raises:
+            ValueError: As ``generate``; also if the template refuses a conversation.
         """
-        is_one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: list[Any] = [messages] if is_one else list(messages)
         tokenizer = self._require_tokenizer()
+        arguments = {
+            "chat_template": chat_template,
+            "content_format": chat_template_content_format,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        }
+        options = ChatOptions.merged(arguments, chat_template_kwargs)
         prompts = [
-            tokenizer.render_chat(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
+            tokenizer.render(conversation, options)
+            for conversation in split_conversations(messages)
         ]
         token_ids = tokenizer.encode_batch(prompts, add_special_tokens=False)
         inputs = [
@@ -185,7 +200,7 @@ class LLM:
         Closing the iterator early aborts the request.
         """
         (params,) = self._params_for(1, sampling_params)
-        yield from self._outputs_of(self._add_all(self._encode([prompt]), [params], [0]))
+        yield from self._outputs_of(*self._add_all(self._encode([prompt]), [params], [0]))
 
     def add_request(
         self,
@@ -216,8 +231,7 @@ class LLM:
             prompt = {"prompt": text, "prompt_token_ids": token_ids}
         assert prompt is not None
         (params,) = self._params_for(1, sampling_params)
-        (request_id,) = self._add_all(self._encode([prompt]), [params], [0])
-        self._inboxes[request_id] = self._news
+        (request_id,), _ = self._add_all(self._encode([prompt]), [params], [0], self._news)
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -225,23 +239,29 @@ class LLM:
 
         If it raises, all of these are to be aborted; the model can be used again after that.
         """
-        with interrupts_deferred():
-            self._step()
-        outputs = list(self._news)
-        self._news.clear()
-        for output in outputs:
-            if output.finished:
-                del self._inboxes[output.request_id]
+        with self._lock:
+            with interrupts_deferred():
+                if not self._news:
+                    self._step(self._news)
+            news = list(self._news)
+            self._news.clear()
+            outputs = [each for each in news if isinstance(each, RequestOutput)]
+            for output in outputs:
+                if output.finished:
+                    del self._inboxes[output.request_id]
+        for each in news:
+            if isinstance(each, BaseException):
+                raise each
         return outputs
 
     def abort_request(self, request_id: str) -> None:
         """End a request of ``add_request``; no output comes for it any more."""
-        self._inboxes.pop(request_id, None)
         self._abort_all([request_id])
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; returns False if requests still run."""
-        return self.engine.reset_prefix_cache()
+        with self._lock:
+            return self.engine.reset_prefix_cache()
 
     def get_metrics(self) -> Any:
         """Counters of the scheduler and the KV cache (usage, waste, hits, preemptions)."""
@@ -258,12 +278,14 @@ class LLM:
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Bring every prompt into the form (text or None, token ids)."""
         parsed = [parse_prompt(prompt) for prompt in prompts]
-        texts = [text for text, token_ids in parsed if token_ids is None and text is not None]
+        texts = [each.text for each in parsed if each.token_ids is None and each.text is not None]
         encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
         vocab_size = self.engine.model_config.vocab_size
         return [
-            (text, checked(number, next(encoded) if ids is None else ids, vocab_size))
-            for number, (text, ids) in enumerate(parsed)
+            EncodedPrompt(
+                text, checked(number, next(encoded) if ids is None else ids, vocab_size), salt
+            )
+            for number, (text, ids, salt) in enumerate(parsed)
         ]
 
     def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
@@ -322,61 +344,115 @@ class LLM:
         inputs: Sequence[EncodedPrompt],
         params: Sequence[SamplingParams],
         priorities: Sequence[int],
-    ) -> list[str]:
-        """Queue all prompts, or none of them if one is refused."""
+        inbox: Inbox | None = None,
+    ) -> tuple[list[str], Inbox]:
+        """Queue all prompts, or none of them if one is refused.
+
+        Args:
+            inputs: The prompts.
+            params: One for each.
+            priorities: One for each.
+            inbox: Where their outputs are put; None makes a new one.
+
+        Returns:
+            Their request ids, and the inbox.
+        """
         for each in params:  # side by side, before the first is waited for
             if each.structured_outputs is not None:
                 self._constraint_factory().prepare(each)
+        makers = [
+            self._constraint_maker(each, prompt.token_ids)
+            for prompt, each in zip(inputs, params, strict=True)
+        ]
         request_ids: list[str] = []
-        try:
-            for (text, token_ids), each, priority in zip(inputs, params, priorities, strict=True):
-                new_constraint = self._constraint_maker(each, token_ids)
-                request_id = str(next(self._request_numbers))
-                request_ids.append(request_id)
-                children = self._processor.add_request(request_id, text, token_ids.tolist(), each)
-                for child in children:
-                    self.engine.add_request(
-                        child.request_id,
-                        token_ids,
-                        child.sampling_params,
-                        priority=priority,
-                        constraint=new_constraint(),
-                    )
-        except BaseException:
-            self._abort_all(request_ids)
-            raise
-        return request_ids
+        inbox = collections.deque() if inbox is None else inbox
+        with self._lock:
+            try:
+                for request in zip(inputs, params, priorities, makers, strict=True):
+                    request_id = str(next(self._request_numbers))
+                    request_ids.append(request_id)
+                    self._inboxes[request_id] = inbox
+                    self._add(request_id, *request)
+            except BaseException:
+                self._abort_all(request_ids)
+                raise
+        return request_ids, inbox
+
+    def _add(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        priority: int,
+        new_constraint: Callable[[], TokenConstraint | None],
+    ) -> None:
+        text, token_ids, cache_salt = prompt
+        children = self._processor.add_request(request_id, text, token_ids.tolist(), params)
+        for child in children:
+            self.engine.add_request(
+                child.request_id,
+                token_ids,
+                child.sampling_params,
+                priority=priority,
+                constraint=new_constraint(),
+                cache_salt=cache_salt,
+            )
 
     def _abort_all(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            for child_id in self._processor.abort(request_id):
-                self.engine.abort(child_id)
+        with self._lock:
+            for request_id in request_ids:
+                self._inboxes.pop(request_id, None)
+                for child_id in self._processor.abort(request_id):
+                    self.engine.abort(child_id)
 
-    def _outputs_of(self, request_ids: Sequence[str]) -> Iterator[RequestOutput]:
+    def _outputs_of(self, request_ids: Sequence[str], inbox: Inbox) -> Iterator[RequestOutput]:
         """Step until these are finished; leaving earlier, for whatever reason, aborts them.
 
-        Several callers may take turns (open streams): each gets its own outputs.
+        Several callers may take turns (threads, open streams): each gets its own outputs.
         """
-        inbox: collections.deque[RequestOutput] = collections.deque()
-        self._inboxes.update(dict.fromkeys(request_ids, inbox))
         num_unfinished = len(request_ids)
         try:
             while num_unfinished:
-                while not inbox:
-                    with interrupts_deferred():
-                        self._step()
-                output = inbox.popleft()
+                output = self._next_output(inbox)
                 num_unfinished -= output.finished
                 yield output
         finally:
-            for request_id in request_ids:
-                del self._inboxes[request_id]
             self._abort_all(request_ids)
 
+    def _next_output(self, inbox: Inbox) -> RequestOutput:
+        while not inbox:
+            with self._lock:  # each step anew, so that those who wait get their turn
+                if inbox:
+                    break
+                with interrupts_deferred():
+                    if not self.engine.has_unfinished_requests:
+                        raise RuntimeError(
+                            "a request ended without an output: it was aborted elsewhere"
+                        )
+                    self._step(inbox)
+        news = inbox.popleft()
+        if isinstance(news, BaseException):
+            raise news
+        return news
+
     @paused_garbage_collection()  # what a step makes is gone when it returns
-    def _step(self) -> None:
-        """Run one step of the engine; put the outputs that it changed into their inboxes."""
-        result = self.engine.step()
+    def _step(self, own: Inbox) -> None:
+        """Run one step of the engine; put the outputs that it changed into their inboxes.
+
+        If it fails, every request has ended: the caller gets the error itself, and the inboxes of
+        all others one that names it.
+        """
+        try:
+            self._process(self.engine.step())
+        except BaseException as error:
+            for inbox in {id(each): each for each in self._inboxes.values()}.values():
+                if inbox is not own:
+                    failure = RuntimeError(f"a step of the engine has failed: {error!r}")
+                    failure.__cause__ = error
+                    inbox.append(failure)
+            raise
+
+    def _process(self, result: StepResult) -> None:
         if (step := result.step) is None:
             return
         if step.prompt_scores is not None:
@@ -388,10 +464,12 @@ class LLM:
         for output in processed.request_outputs:
             self._inboxes[output.request_id].append(output)
 
-    def _run_to_end(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _run_to_end(
+        self, request_ids: Sequence[str], inbox: Inbox, use_tqdm: bool
+    ) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
         with Progress(len(request_ids), disable=not use_tqdm) as progress:
-            for output in self._outputs_of(request_ids):
+            for output in self._outputs_of(request_ids, inbox):
                 finished[output.request_id] = output
                 progress.update(output)
         return [finished[request_id] for request_id in request_ids]

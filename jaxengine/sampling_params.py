@@ -8,8 +8,8 @@ tokenizer (token ids, ``max_logprobs``) are checked where those are known.
 import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field, fields
+from copy import copy, deepcopy
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -35,9 +35,11 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing until the request ends
 
 
-@dataclass(kw_only=True)
+@dataclass
 class SamplingParams:
     """Sampling parameters of one request.
+
+    Only ``n`` may be given by position: vLLM has moved the order of the others more than once.
 
     Args:
         n: Outputs per prompt. Must be 1 when greedy: they would all be equal.
@@ -50,7 +52,8 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches this. In (0, 1].
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Drop tokens less likely than this fraction of the most likely one. In [0, 1].
-        seed: Seed of the request's own random stream; None or -1 lets the engine pick one.
+        seed: Seed of the request's own random stream, an integer of 64 bits with or without a
+            sign; None or -1 lets the engine pick one.
         stop: Strings that end the output, which is cut before them.
         stop_token_ids: Tokens that end the output; they stay in ``token_ids``.
         ignore_eos: Do not end at the model's end-of-sequence tokens.
@@ -67,7 +70,7 @@ class SamplingParams:
         allowed_token_ids: The only tokens that may be sampled.
         bad_words: Texts that must not be generated: the last token of each is masked
             where the output ends with the tokens before it.
-        logprob_token_ids: Also return the logprobs of exactly these tokens.
+        logprob_token_ids: Return the logprobs of exactly these tokens and of the sampled one.
         structured_outputs: The form that the output must have, ``StructuredOutputsParams`` or a
             mapping of its fields. ``guided_decoding`` is its older name.
         thinking_token_budget: Most tokens of reasoning, which is then ended; None or -1 for no
@@ -80,6 +83,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    _: KW_ONLY
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -126,9 +130,7 @@ class SamplingParams:
     @property
     def num_logprobs(self) -> int | None:
         """How many top logprobs an output token needs; None if no logprobs are asked."""
-        if self.logprobs is None and self.logprob_token_ids:
-            return 0
-        return self.logprobs
+        return 0 if self.logprob_token_ids else self.logprobs
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -153,15 +155,34 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     def clone(self, **changes: Any) -> "SamplingParams":
-        """Return a copy with some fields changed, checked again.
+        """Return a copy that shares nothing with this one, checked again if fields change.
 
         Args:
             changes: Field name -> new value.
         """
         if not changes:
-            return copy(self)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{**values, **changes})
+            return deepcopy(self)
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in changes}
+        return type(self)(**deepcopy(kept), **changes)
+
+    def for_output(self, index: int) -> "SamplingParams":
+        """Return what the engine computes for one of the ``n`` outputs: one output, seed + index.
+
+        The values were checked before; a seed at the end of its range goes on at the other end.
+        """
+        child = copy(self)
+        child.n = 1
+        if self.seed is not None:
+            child.seed = (self.seed + index) % 2**64
+        if index > 0:
+            child.prompt_logprobs = None  # they are computed once
+        return child
+
+    def with_seed(self, seed: int) -> "SamplingParams":
+        """Return a copy with the seed that the engine has picked."""
+        changed = copy(self)
+        changed.seed = seed
+        return changed
 
     def with_output_kind(self, output_kind: RequestOutputKind) -> "SamplingParams":
         """Return a copy that differs in what the caller gets, which needs no further check."""
@@ -181,7 +202,7 @@ class SamplingParams:
             token_ids = getattr(self, name)
             if token_ids is not None:
                 setattr(self, name, [_plain_int(token_id) for token_id in token_ids])
-        self.stop_token_ids = self.stop_token_ids or []
+        self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids or ()))
         for name in FLOAT_FIELDS:
             setattr(self, name, _number(name, getattr(self, name)))
         for name in INT_FIELDS:
@@ -194,8 +215,8 @@ class SamplingParams:
             self.temperature = MIN_TEMPERATURE
         if self.logit_bias is not None:
             self.logit_bias = _clamped_bias(self.logit_bias)
-        if isinstance(self.bad_words, str):
-            self.bad_words = [self.bad_words]
+        bad_words = [self.bad_words] if isinstance(self.bad_words, str) else self.bad_words
+        self.bad_words = None if bad_words is None else list(dict.fromkeys(bad_words))
 
     def _normalize_structured_outputs(self) -> None:
         if self.guided_decoding is not None:
@@ -233,9 +254,11 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 means off")
         _check_int("top_k", self.top_k, 0, "use 0 or -1 to keep all tokens")
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), "use a 64-bit integer")
+            _check_int("seed", self.seed, -(2**63), "use an integer of 64 bits")
             if self.seed >= 2**64:
-                raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+                raise ValueError(
+                    f"seed must be below 2**64, got {self.seed}; use an integer of 64 bits"
+                )
         if self.is_greedy:
             self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
 
@@ -271,9 +294,20 @@ class SamplingParams:
                 _check_token_ids(name, value)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must not be empty; use None to allow all tokens")
-        if self.logprob_token_ids and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+        if self.logprob_token_ids is not None:
+            self._check_logprob_token_ids(self.logprob_token_ids)
+
+    def _check_logprob_token_ids(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            self.logprob_token_ids = None
+        elif self.logprobs is not None and self.logprobs != len(token_ids):
             raise ValueError(
-                f"logprob_token_ids holds {len(self.logprob_token_ids)} ids, the limit is "
+                f"logprobs is {self.logprobs} beside {len(token_ids)} logprob_token_ids: leave "
+                "logprobs out, as the scores of these tokens come in place of the most likely ones"
+            )
+        if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise ValueError(
+                f"logprob_token_ids holds {len(token_ids)} ids, the limit is "
                 f"{MAX_LOGPROB_TOKEN_IDS}; use logprobs=-1 for the whole vocabulary"
             )
 
@@ -334,6 +368,8 @@ def _clamped_bias(logit_bias: Mapping[Any, Any]) -> dict[int, float]:
         except (TypeError, ValueError):
             raise ValueError(f"logit_bias keys must be token ids, got {key!r}") from None
         _check_token_ids("logit_bias", [token_id])
-        bias = _number("logit_bias", value)
+        if value in (math.inf, -math.inf):  # an absolute ban or wish, as strong as there is one
+            value = math.copysign(MAX_LOGIT_BIAS, value)
+        bias = _number(f"logit_bias of token {token_id}", value)
         clamped[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, bias))
     return clamped

@@ -79,7 +79,7 @@ def test_a_conversation_is_a_request_too(llm: LLM) -> None:
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": [5] * 300}, "leaves no room for output"),
         ({"prompt": 7}, "a prompt must be text"),
-        ({"messages": ["hello"]}, "the chat template|dictionary update"),
+        ({"messages": ["hello"]}, "message 0 must be a dict"),
     ],
 )
 def test_a_bad_request_fails_alone(

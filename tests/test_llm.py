@@ -1,10 +1,14 @@
 """LLM on a tiny random model: every way to ask, compared with transformers where it can be."""
 
+import functools
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,46 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
         llm.generate(prompt, greedy(2), use_tqdm=False)
     with pytest.raises(ValueError, match="prompt"):
         next(llm.stream(prompt, greedy(2)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ({"prompt": "x", "promt_token_ids": [1]}, "no key 'promt_token_ids': use prompt, "),
+        ({"prompt": "x", "salt": "a", "id": 1}, "no key 'salt', 'id'"),
+        ({"prompt": "x", "multi_modal_data": {"image": 1}}, "'multi_modal_data' is not supported"),
+        ({"prompt": "x", "cache_salt": ""}, "cache_salt must be a text that is not empty"),
+        ({"prompt": "x", "cache_salt": 5}, "cache_salt must be"),
+        ({"prompt_token_ids": [2**70]}, "token id 1180591620717411303424 is not in the vocab"),
+        ({"prompt_token_ids": [-(2**70)]}, "is not in the vocabulary"),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_key_of_a_prompt_that_means_nothing_here(
+    llm: LLM, prompt: Any, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        llm.generate([prompt], greedy(2), use_tqdm=False)
+
+
+def test_keys_of_other_kinds_of_models_may_be_none(llm: LLM) -> None:
+    prompt = {"prompt": "x", "multi_modal_data": None, "mm_processor_kwargs": {}}
+    assert generate_ids(llm, [prompt], greedy(2)) == generate_ids(llm, ["x"], greedy(2))
+
+
+def test_a_cache_salt_keeps_cached_blocks_from_those_of_another_salt(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    prompt = {"prompt_token_ids": random_prompts(40, seed=9)[0]}
+
+    def num_cached_tokens(**salt: str) -> int | None:
+        (output,) = llm.generate([{**prompt, **salt}], greedy(2), use_tqdm=False)
+        return output.num_cached_tokens
+
+    assert num_cached_tokens(cache_salt="alice") == 0
+    assert num_cached_tokens(cache_salt="bob") == 0
+    assert num_cached_tokens() == 0
+    assert num_cached_tokens(cache_salt="alice") == num_cached_tokens() == 32
+    llm.reset_prefix_cache()
 
 
 @pytest.mark.parametrize("as_array", [False, True])
@@ -476,6 +520,91 @@ def test_ctrl_c_inside_a_step_waits_for_its_end_and_leaves_a_usable_engine(
     assert generate_ids(llm, PROMPTS, greedy(10)) == expected
 
 
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """What calls return or raise, each in a thread of its own."""
+    results: list[Any] = ["still running"] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_threads_share_the_batch_and_each_gets_its_own_outputs(llm: LLM) -> None:
+    lists = [random_prompts(5, 9, 14, seed=seed) for seed in range(4)]
+    expected = [generate_ids(llm, prompts, greedy(12)) for prompts in lists]
+    calls = [functools.partial(generate_ids, llm, prompts, greedy(12)) for prompts in lists]
+    assert in_threads(*calls) == expected
+    text = llm.generate("the fox", greedy(12), use_tqdm=False)[0].outputs[0].text
+    chat = functools.partial(llm.chat, [{"role": "user", "content": "x"}], greedy(3))
+    mixed = in_threads(
+        lambda: [output.outputs[0].text for output in llm.stream("the fox", greedy(12))][-1],
+        lambda: len(chat(use_tqdm=False)),
+        lambda: type(generate_ids(llm, [[500]], greedy(2))),
+        lambda: llm.get_metrics() is not None,
+    )
+    assert mixed[:2] == [text, 1]
+    assert isinstance(mixed[2], ValueError)
+    assert mixed[3]
+
+
+def test_a_step_that_fails_ends_the_calls_of_all_threads_and_the_engine_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate_ids(llm, PROMPTS, greedy(10))
+    execute, num_threads = llm.engine.runner.execute, 3
+
+    def fail(step: Any) -> Any:
+        if len(llm._inboxes) == num_threads * len(PROMPTS):  # all have come
+            monkeypatch.undo()
+            raise MemoryError("the device is full")
+        return execute(step)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", fail)
+    call = functools.partial(generate_ids, llm, PROMPTS, greedy(200))
+    failures = in_threads(*[call] * num_threads)
+    assert sorted(type(failure).__name__ for failure in failures) == [
+        "MemoryError",
+        "RuntimeError",
+        "RuntimeError",
+    ]
+    assert all("the device is full" in str(failure) for failure in failures)
+    assert generate_ids(llm, PROMPTS, greedy(10)) == expected
+
+
+def test_a_stream_whose_engine_failed_under_another_call_ends_with_an_error(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = llm.stream(PROMPTS[0], greedy(50))
+    next(stream)
+
+    def fail(step: Any) -> Any:
+        monkeypatch.undo()
+        raise MemoryError("the device is full")
+
+    monkeypatch.setattr(llm.engine.runner, "execute", fail)
+    with pytest.raises(MemoryError):
+        generate_ids(llm, PROMPTS, greedy(10))
+    with pytest.raises(RuntimeError, match="the device is full"):
+        list(stream)
+
+
+def test_a_stream_whose_request_was_aborted_elsewhere_does_not_wait_for_ever(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[0], greedy(50))
+    request_id = next(stream).request_id
+    llm.abort_request(request_id)
+    with pytest.raises(RuntimeError, match="aborted elsewhere"):
+        list(stream)
+
+
 def test_resetting_the_prefix_cache_forgets_it_unless_requests_run(llm: LLM) -> None:
     fresh = with_scheduler(llm)
     stream = fresh.stream([*PROMPTS[2]], greedy(30))
@@ -487,6 +616,16 @@ def test_resetting_the_prefix_cache_forgets_it_unless_requests_run(llm: LLM) -> 
     assert output.num_cached_tokens == 0
     (output,) = fresh.generate([PROMPTS[2]], greedy(2), use_tqdm=False)
     assert output.num_cached_tokens == 32
+
+
+def test_without_a_tokenizer_the_models_end_tokens_are_known(chat_model: Path) -> None:
+    llm = make_llm(chat_model, skip_tokenizer_init=True)
+    configured = json.loads((chat_model / "generation_config.json").read_text())["eos_token_id"]
+    for end in [configured] if isinstance(configured, int) else configured:
+        params = greedy(5, ignore_eos=False, allowed_token_ids=[end])
+        (output,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+        (completion,) = output.outputs
+        assert (completion.token_ids, completion.finish_reason) == ([end], "stop")
 
 
 def test_without_a_tokenizer_token_ids_go_in_and_out(chat_model: Path) -> None:

@@ -44,10 +44,14 @@ def test_the_defaults_are_those_of_vllm() -> None:
         ({"stop_token_ids": ["a"]}, "got 'a'"),
         ({"allowed_token_ids": []}, "must not be empty"),
         ({"logit_bias": {"a": 1.0}}, "keys must be token ids"),
-        ({"logit_bias": {1: float("inf")}}, "finite"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias of token 1 must be a finite number"),
+        ({"logit_bias": {1: "x"}}, "finite number, got 'x'"),
+        ({"logit_bias": {-1: 1.0}}, "token ids"),
         ({"bad_words": [" "]}, "non-empty"),
-        ({"bad_words": ["x"] * 129}, "limit 128"),
+        ({"bad_words": [f"x{i}" for i in range(129)]}, "limit 128"),
         ({"logprob_token_ids": [1] * 129}, "limit is 128"),
+        ({"logprob_token_ids": [1, 2], "logprobs": 3}, "logprobs is 3 beside 2 logprob_token_ids"),
+        ({"seed": -(2**63) - 1}, "64 bits"),
         ({"structured_outputs": {"regex": ""}}, "regex must be text"),
         ({"structured_outputs": "a"}, "must be StructuredOutputsParams or a mapping"),
     ],
@@ -91,6 +95,42 @@ def test_a_clone_is_checked_again_and_leaves_the_original_alone() -> None:
     assert params.seed is None
     with pytest.raises(ValueError, match="all outputs would be equal"):
         params.clone(temperature=0)
+
+
+def test_a_clone_shares_nothing_with_the_original() -> None:
+    params = SamplingParams(
+        stop=["a"], logit_bias={1: 2.0}, bad_words=["x"], extra_args={"a": {"b": 1}}
+    )
+    for copied in (params.clone(), params.clone(max_tokens=3)):
+        assert copied.clone(max_tokens=16) == params
+        copied.stop.append("b")
+        copied.logit_bias[1] = 3.0
+        copied.bad_words.append("y")
+        copied.extra_args["a"]["b"] = 2
+    assert params == SamplingParams(
+        stop=["a"], logit_bias={1: 2.0}, bad_words=["x"], extra_args={"a": {"b": 1}}
+    )
+
+
+def test_n_may_be_given_by_position_and_nothing_else() -> None:
+    assert SamplingParams(3).n == 3
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(3, 0.5)
+
+
+@pytest.mark.parametrize("seed", [0, -2, -(2**63), 2**63 - 1, 2**64 - 1, 2**64 - 2])
+def test_every_output_has_a_seed_of_its_own_over_the_whole_range(seed) -> None:
+    params = SamplingParams(n=3, seed=seed, prompt_logprobs=1)
+    children = [params.for_output(index) for index in range(3)]
+    assert [child.seed for child in children] == [(seed + index) % 2**64 for index in range(3)]
+    assert [child.prompt_logprobs for child in children] == [1, None, None]
+    assert {child.n for child in children} == {1}
+    assert SamplingParams(n=3, seed=-1).for_output(2).seed is None
+
+
+def test_an_infinite_bias_is_the_strongest_there_is() -> None:
+    bias = SamplingParams(logit_bias={1: float("inf"), "2": -float("inf"), 3: 101}).logit_bias
+    assert bias == {1: 100.0, 2: -100.0, 3: 100.0}
 
 
 def test_properties_say_what_the_sampler_needs() -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -142,9 +143,7 @@ def read_model_config(
     stored, and any other (float32, GGUF) in bfloat16.
     """
     hf = {**checkpoint.hf_config, **config.hf_overrides}
-    if not hf.get("architectures"):
-        raise ValueError("config.json names no architecture: add an 'architectures' list to it")
-    ModelRegistry.resolve(hf["architectures"][0])
+    check_hf_config(hf)
     dtype = config.dtype
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "").removeprefix("torch.")
     if dtype == "auto" and device.platform == "cpu":
@@ -152,6 +151,25 @@ def read_model_config(
     elif dtype == "auto" and stored not in ("bfloat16", "float16"):
         dtype = "bfloat16"
     return ModelConfig.from_hf(hf, dtype)
+
+
+def check_hf_config(hf: Mapping[str, Any]) -> None:
+    """Judge a model by its config.json alone, before anything else of it is fetched or read.
+
+    Raises:
+        ValueError: If it cannot be served.
+    """
+    if not hf.get("architectures"):
+        raise ValueError("config.json names no architecture: add an 'architectures' list to it")
+    ModelRegistry.resolve(hf["architectures"][0])
+    quantised = hf.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ValueError(
+            f"the weights are quantised with {method!r}, which is not supported yet: use the model "
+            "with plain weights (float32, float16 or bfloat16), or a GGUF file of it"
+        )
+    ModelConfig.from_hf(hf)
 
 
 def _new_runner(

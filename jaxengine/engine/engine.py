@@ -77,6 +77,7 @@ class Engine:
         arrival_time: float | None = None,
         priority: int = 0,
         constraint: TokenConstraint | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -87,13 +88,14 @@ class Engine:
             arrival_time: Seconds, any clock; None for now.
             priority: Smaller runs first, with the priority policy.
             constraint: Says which tokens may come next; this request's own. None for all.
+            cache_salt: Cached blocks are shared only with requests of the same salt.
 
         Raises:
             ValueError: If it can never run: the prompt is empty, too long, or holds token ids
                 that the model does not have. Nothing has changed then.
         """
         if params.seed is None and not params.is_greedy:
-            params = params.clone(seed=derive_seed(self._seed, request_id))
+            params = params.with_seed(derive_seed(self._seed, request_id))
         request = Request(
             request_id=request_id,
             prompt_token_ids=array("i", prompt_token_ids)
@@ -104,6 +106,7 @@ class Engine:
             arrival_time=time.time() if arrival_time is None else arrival_time,
             priority=priority,
             constraint=constraint,
+            cache_salt=cache_salt,
         )
         self._check_token_ids(request)
         self.scheduler.add_request(request)

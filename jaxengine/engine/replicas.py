@@ -65,6 +65,7 @@ class ReplicaGroup:
         arrival_time: float | None = None,
         priority: int = 0,
         constraint: TokenConstraint | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a request at the replica with the fewest unfinished tokens.
 
@@ -81,6 +82,7 @@ class ReplicaGroup:
             arrival_time=arrival_time,
             priority=priority,
             constraint=constraint,
+            cache_salt=cache_salt,
         )
         self._router.place(request_id, number, request.max_num_tokens)
         return request

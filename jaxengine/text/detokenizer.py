@@ -143,8 +143,9 @@ class ByteDetokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: a replacement mark for a broken character."""
-        return self._decoder.decode(b"", final=True)
+        """Return what is left at the end: nothing, as a character that was cut off is no text."""
+        self._decoder.reset()
+        return ""
 
 
 class WindowDetokenizer:
@@ -170,8 +171,8 @@ class WindowDetokenizer:
         return "".join(map(self._append_one, token_ids))
 
     def flush(self) -> str:
-        """Return what was held back."""
-        return self._advance(self._new_text())
+        """Return what was held back, without the marks of a character that was cut off."""
+        return self._advance(self._new_text()).rstrip(REPLACEMENT)
 
     def _append_one(self, token_id: int) -> str:
         self._window.append(token_id)

@@ -1,5 +1,6 @@
 """Logprob arrays of a step -> the dictionaries of ``CompletionOutput``."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -7,7 +8,8 @@ import numpy as np
 from jaxengine.engine.sampling.logprobs import TokenLogprobs
 from jaxengine.outputs import Logprob, PromptLogprobs, SampleLogprobs
 
-TokenText = Callable[[int], str]
+TokenText = Callable[[int, Sequence[int]], str]  # of a token behind others
+NUM_CONTEXT_TOKENS = 6  # a character can be split over four tokens
 
 
 class LogprobsBuilder:
@@ -26,26 +28,29 @@ class LogprobsBuilder:
         self._token_text = token_text
         self._extra_ids = list(extra_ids)
 
-    def build(self, arrays: TokenLogprobs, row: int, token_id: int) -> dict[int, Logprob]:
+    def build(
+        self, arrays: TokenLogprobs, row: int, token_id: int, context: Sequence[int] = ()
+    ) -> dict[int, Logprob]:
         """Return token id -> Logprob for one row.
 
         Args:
             arrays: Arrays of the step, on the host.
             row: Row of the step.
             token_id: The row's token.
+            context: The tokens before it.
         """
         logprob = float(arrays.logprob[row])
-        entries = {token_id: self._entry(token_id, logprob, int(arrays.rank[row]))}
+        entries = {token_id: self._entry(token_id, logprob, int(arrays.rank[row]), context)}
         if self._num_logprobs:
             ids, values = self._top(arrays, row)
             for index, (top_id, value) in enumerate(zip(ids, values, strict=True)):
                 if top_id not in entries:
-                    entries[top_id] = self._entry(top_id, value, index + 1)
+                    entries[top_id] = self._entry(top_id, value, index + 1, context)
         if self._extra_ids and arrays.id_logprobs is not None:
             scores = np.asarray(arrays.id_logprobs[row])[: len(self._extra_ids)].tolist()
             for extra_id, value in zip(self._extra_ids, scores, strict=True):
                 if extra_id not in entries:
-                    entries[extra_id] = self._entry(extra_id, value, None)
+                    entries[extra_id] = self._entry(extra_id, value, None, context)
         return entries
 
     def _top(self, arrays: TokenLogprobs, row: int) -> tuple[list[int], list[float]]:
@@ -56,27 +61,35 @@ class LogprobsBuilder:
         ids = np.argsort(-values, kind="stable")[:count]  # of the whole vocabulary
         return ids.tolist(), values[ids].tolist()
 
-    def _entry(self, token_id: int, logprob: float, rank: int | None) -> Logprob:
-        text = None if self._token_text is None else self._token_text(token_id)
+    def _entry(
+        self, token_id: int, logprob: float, rank: int | None, context: Sequence[int]
+    ) -> Logprob:
+        text = None if self._token_text is None else self._token_text(token_id, context)
         return Logprob(logprob, rank, text)
 
 
 class SampleLogprobsList:
     """Logprobs of a growing output.
 
+    Args:
+        builder: Builds the entries.
+        prompt_token_ids: The prompt, which may have begun the first token's character.
+
     Attributes:
         cumulative: Sum of the logprobs of all its tokens.
         entries: One dictionary per token.
     """
 
-    def __init__(self, builder: LogprobsBuilder) -> None:
+    def __init__(self, builder: LogprobsBuilder, prompt_token_ids: Sequence[int] = ()) -> None:
         self._builder = builder
+        self._context = deque(prompt_token_ids[-NUM_CONTEXT_TOKENS:], NUM_CONTEXT_TOKENS)
         self.cumulative = 0.0
         self.entries: SampleLogprobs = []
 
     def append(self, arrays: TokenLogprobs, row: int, token_id: int) -> None:
         """Add the entry of a token that the step sampled in a row."""
-        entry = self._builder.build(arrays, row, token_id)
+        entry = self._builder.build(arrays, row, token_id, tuple(self._context))
+        self._context.append(token_id)
         self.cumulative += entry[token_id].logprob
         self.entries.append(entry)
 
@@ -105,4 +118,5 @@ class PromptLogprobsList:
         for row in range(len(arrays.logprob)):
             index = start + row
             token_id = self._prompt_token_ids[index]
-            self.entries[index] = self._builder.build(arrays, row, token_id)
+            context = self._prompt_token_ids[max(0, index - NUM_CONTEXT_TOKENS) : index]
+            self.entries[index] = self._builder.build(arrays, row, token_id, context)

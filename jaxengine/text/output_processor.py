@@ -13,7 +13,12 @@ from jaxengine.engine.sampling.logprobs import TokenLogprobs
 from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.text.output_logprobs import LogprobsBuilder, PromptLogprobsList, SampleLogprobsList
+from jaxengine.text.output_logprobs import (
+    LogprobsBuilder,
+    PromptLogprobsList,
+    SampleLogprobsList,
+    TokenText,
+)
 from jaxengine.text.output_state import Completion, RequestState
 from jaxengine.text.output_text import OutputText
 from jaxengine.text.tokenizer import Tokenizer
@@ -103,7 +108,7 @@ class OutputProcessor:
         request = RequestState(request_id, prompt, prompt_token_ids, params, arrival_time)
         prompt_logprobs = params.prompt_logprobs
         if prompt_logprobs is not None:
-            builder = LogprobsBuilder(prompt_logprobs, self._token_text)
+            builder = LogprobsBuilder(prompt_logprobs, self._token_text(params))
             request.prompt_logprobs = PromptLogprobsList(builder, prompt_token_ids)
         self._requests[request_id] = request
         children = _engine_requests(request_id, params)
@@ -188,23 +193,20 @@ class OutputProcessor:
         logprobs = None
         if params.num_logprobs is not None:
             extra_ids = params.logprob_token_ids or ()
-            builder = LogprobsBuilder(params.num_logprobs, self._token_text, extra_ids)
-            logprobs = SampleLogprobsList(builder)
+            builder = LogprobsBuilder(params.num_logprobs, self._token_text(params), extra_ids)
+            logprobs = SampleLogprobsList(builder, request.prompt_token_ids)
         return Completion(child.request_id, index, request, text, logprobs)
 
-    @property
-    def _token_text(self) -> Callable[[int], str] | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text
+    def _token_text(self, params: SamplingParams) -> TokenText | None:
+        if self._tokenizer is None or not params.detokenize:
+            return None
+        return self._tokenizer.token_text
 
 
 def _engine_requests(request_id: str, params: SamplingParams) -> list[EngineRequest]:
     if params.n == 1:
         return [EngineRequest(request_id, params)]
-    children = []
-    for index in range(params.n):
-        seed = None if params.seed is None else params.seed + index
-        # The prompt's logprobs are computed once.
-        prompt_logprobs = params.prompt_logprobs if index == 0 else None
-        child = params.clone(n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-        children.append(EngineRequest(f"{index}_{request_id}", child))
-    return children
+    return [
+        EngineRequest(f"{index}_{request_id}", params.for_output(index))
+        for index in range(params.n)
+    ]

@@ -4,14 +4,60 @@ import contextlib
 from array import array
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple, Required, TypedDict
 
 import numpy as np
 
 from jaxengine.engine.scheduling.request import token_id_outside
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-EncodedPrompt = tuple[str | None, "array[int]"]
+
+# What the other inputs of a multi-modal or encoder-decoder model are called: None means none.
+_FOREIGN_KEYS = frozenset(
+    (
+        *("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "media_io_kwargs"),
+        *("prompt_embeds", "token_type_ids", "prompt_token_offsets", "negative_prompt"),
+        *("encoder_prompt", "decoder_prompt"),
+    )
+)
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+class TextPrompt(TypedDict, total=False):
+    """A prompt as text."""
+
+    prompt: Required[str]
+    cache_salt: str
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt as token ids, with the text that they stand for if it is known."""
+
+    prompt_token_ids: Required[Sequence[int]]
+    prompt: str
+    cache_salt: str
+
+
+class ParsedPrompt(NamedTuple):
+    """A prompt in one form.
+
+    Attributes:
+        text: None if it was given as token ids only.
+        token_ids: None if they are still to be made from the text.
+        cache_salt: Requests share cached blocks only with those of the same salt.
+    """
+
+    text: str | None
+    token_ids: Sequence[int] | None
+    cache_salt: str | None = None
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as the engine takes it; the fields are those of ``ParsedPrompt``."""
+
+    text: str | None
+    token_ids: "array[int]"
+    cache_salt: str | None = None
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
@@ -30,18 +76,40 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     return [prompts] if is_one else list(prompts)
 
 
-def parse_prompt(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
-    """Return (text, token ids); one of them may be None."""
+def parse_prompt(prompt: Prompt) -> ParsedPrompt:
+    """Bring a prompt into one form.
+
+    Raises:
+        ValueError: If it is no prompt, or has keys that mean nothing here.
+    """
     if isinstance(prompt, str):
-        return prompt, None
+        return ParsedPrompt(prompt, None)
     if not isinstance(prompt, Mapping):
-        return None, _as_token_ids(prompt)
+        return ParsedPrompt(None, _as_token_ids(prompt))
+    _check_keys(prompt)
     token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
     if not isinstance(text, str) and (text is not None or token_ids is None):
         raise ValueError(
             f"a prompt needs 'prompt' (text) or 'prompt_token_ids', got {dict(prompt)!r:.200}"
         )
-    return text, None if token_ids is None else _as_token_ids(token_ids)
+    salt = prompt.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r:.200}")
+    return ParsedPrompt(text, None if token_ids is None else _as_token_ids(token_ids), salt)
+
+
+def _check_keys(prompt: Mapping[str, Any]) -> None:
+    given = [key for key in prompt if key not in _KEYS]
+    unknown = [key for key in given if key not in _FOREIGN_KEYS]
+    if unknown:
+        raise ValueError(
+            f"a prompt has no key {', '.join(map(repr, unknown))}: use {', '.join(_KEYS)}"
+        )
+    for key in given:
+        if prompt[key] is not None and prompt[key] != {}:
+            raise ValueError(
+                f"a prompt with {key!r} is not supported: models here read text only; leave it out"
+            )
 
 
 def _as_token_ids(values: Any) -> Sequence[int]:

@@ -32,19 +32,22 @@ class StopStrings:
         return bool(self._stops)
 
     def find(self, text: str, num_old_characters: int) -> StopMatch | None:
-        """Find the stop string that starts first.
+        """Find the stop string that is complete first; of several, the first of the list.
+
+        That is the one that a reader of single characters would have stopped at, however many of
+        them a token brings.
 
         Args:
             text: The whole text.
             num_old_characters: Leading part that was searched before; a stop string may
                 begin in it but not end in it.
         """
-        found = None
+        found: list[StopMatch] = []
         for stop in self._stops:
             start = text.find(stop, max(0, num_old_characters - len(stop) + 1))
-            if start >= 0 and (found is None or start < found.start):
-                found = StopMatch(stop, start)
-        return found
+            if start >= 0:
+                found.append(StopMatch(stop, start))
+        return min(found, key=lambda match: match.start + len(match.stop), default=None)
 
     def num_held_characters(self, text: str) -> int:
         """Return the length of the longest end of the text that begins a stop string."""

@@ -3,27 +3,84 @@
 Only fast tokenizers (``tokenizer.json``), without torch and without code from the checkpoint.
 """
 
+import codecs
+import dataclasses
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from jaxengine.text.detokenizer import (
+    PRIMING_TOKENS,
+    REPLACEMENT,
     ByteDetokenizer,
     DecoderKind,
     TokenBytes,
     WindowDetokenizer,
 )
+from jaxengine.text.messages import Message, normalize_messages
 from jaxengine.text.precompiled import check_tokenizer_json, is_panic
+
+__all__ = ["ChatOptions", "IncrementalDetokenizer", "Message", "Tokenizer", "load_tokenizer"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Message = Mapping[str, Any]
 IncrementalDetokenizer = ByteDetokenizer | WindowDetokenizer
+
+# What ``apply_chat_template`` takes besides the template's variables, and has no place in a prompt.
+NO_TEMPLATE_VARIABLES = frozenset(
+    (
+        *("chat_template", "tokenize", "conversation", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """How a conversation is written.
+
+    Attributes:
+        chat_template: Jinja template in place of the tokenizer's.
+        add_generation_prompt: End with the start of the assistant's answer.
+        continue_final_message: End inside the last message instead, to be continued.
+        tools: JSON schemas of functions, for the template.
+        documents: Texts for the template.
+        content_format: "auto", "string" or "openai": what the template takes as content.
+        variables: Further variables of the template.
+    """
+
+    chat_template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Sequence[dict[str, Any]] | None = None
+    documents: Sequence[dict[str, Any]] | None = None
+    content_format: str = "auto"
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def merged(
+        cls, options: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None
+    ) -> "ChatOptions":
+        """Put arguments and ``chat_template_kwargs`` together; the latter win.
+
+        Raises:
+            ValueError: If one of these is nothing that a template could see.
+        """
+        given = dict(template_kwargs or {})
+        refused = sorted(given.keys() & NO_TEMPLATE_VARIABLES)
+        if refused:
+            raise ValueError(
+                f"chat_template_kwargs holds {refused[0]!r}, which is no variable of a template: "
+                "leave it out, or use the argument of that name"
+            )
+        names = {field.name for field in dataclasses.fields(cls)} - {"variables"}
+        values = {**options, **given}
+        variables = {name: value for name, value in values.items() if name not in names}
+        return cls(**{k: v for k, v in values.items() if k in names}, variables=variables)
 
 
 class Tokenizer:
@@ -40,6 +97,7 @@ class Tokenizer:
         generation_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.hf_tokenizer = hf_tokenizer
+        self._lock = threading.Lock()
         self._backend = hf_tokenizer.backend_tokenizer
         self.eos_token_ids = _eos_token_ids(hf_tokenizer, generation_config or {})
         self._decoder_kind = DecoderKind(self._backend)
@@ -69,15 +127,12 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Return the token ids of several texts, on all cores."""
+        """Return the token ids of several texts, on all cores; from any thread."""
+        if not texts:
+            return []
         try:
-            encoded = self.hf_tokenizer(
-                list(texts),
-                add_special_tokens=add_special_tokens,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
+            with self._lock:  # each call sets the truncation of the one tokenizer that all share
+                return self._encode_batch(texts, add_special_tokens)
         except BaseException as error:
             if not is_panic(error):
                 raise
@@ -85,6 +140,15 @@ class Tokenizer:
                 f"the tokenizer {self.hf_tokenizer.name_or_path!r} is damaged, it failed on a text "
                 f"({str(error)[:200]}): fetch it again"
             ) from None
+
+    def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        encoded = self.hf_tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
         return list(encoded["input_ids"])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -97,11 +161,25 @@ class Tokenizer:
             )
         )
 
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token by itself, special ones included."""
+    def token_text(self, token_id: int, context: Sequence[int] = ()) -> str:
+        """Return the text that one token adds, special tokens included.
+
+        Args:
+            token_id: The token.
+            context: What stands before it. A character that is split over tokens belongs to the
+                one that completes it; those before it have no text.
+        """
         if self._decoder_kind.token_to_bytes is None:
-            return self.decode([token_id], skip_special_tokens=False)
-        return self._all_bytes[token_id].decode(errors="replace")
+            text = self.decode([token_id], skip_special_tokens=False)
+            return text.rstrip(REPLACEMENT)
+        content = self._all_bytes[token_id]
+        text = content.decode(errors="replace")
+        if REPLACEMENT not in text:
+            return text
+        before = b"".join(map(self._all_bytes.__getitem__, context[-PRIMING_TOKENS:]))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(before)
+        return decoder.decode(content)
 
     def detokenizer(
         self,
@@ -125,51 +203,63 @@ class Tokenizer:
         table = self._text_bytes if skip_special_tokens else self._all_bytes
         return ByteDetokenizer(table, prompt_token_ids, self._decoder_kind.strips_first_space)
 
-    def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[dict[str, Any]] | None = None,
-        **template_arguments: Any,
+    def chat_template_source(
+        self, chat_template: str | None = None, tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
-        """Write a conversation as the model's prompt.
-
-        Args:
-            messages: ``{"role": ..., "content": ...}`` each.
-            chat_template: Jinja template in place of the tokenizer's.
-            add_generation_prompt: End with the start of the assistant's answer.
-            continue_final_message: End inside the last message instead, to be continued.
-            tools: JSON schemas of functions, for the template.
-            template_arguments: Further variables of the template.
+        """Return the template that a conversation is written with.
 
         Raises:
-            ValueError: If there is no template, or it refuses the messages.
+            ValueError: If there is none.
         """
-        if add_generation_prompt and continue_final_message:
-            raise ValueError(
-                "add_generation_prompt and continue_final_message exclude each other: "
-                "set add_generation_prompt=False to continue the last message"
-            )
         if not chat_template and not self.has_chat_template:
             raise ValueError(
                 f"the tokenizer {self.hf_tokenizer.name_or_path!r} has no chat template; pass "
                 "chat_template=, or use generate() with a prompt in the model's own format"
             )
         try:
-            text = self.hf_tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                **template_arguments,
+            return str(
+                self.hf_tokenizer.get_chat_template(chat_template, list(tools or ()) or None)
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template refused the messages: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"chat_template {chat_template!r:.200}: {error}") from error
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """Write a conversation as the model's prompt; ``options`` as in ``ChatOptions``.
+
+        Raises:
+            ValueError: If there is no template, or it refuses the messages.
+        """
+        return self.render(messages, ChatOptions.merged(options))
+
+    def render(self, messages: Sequence[Message], options: "ChatOptions") -> str:
+        """Write a conversation as the model's prompt.
+
+        Raises:
+            ValueError: As ``render_chat``.
+        """
+        template = self.chat_template_source(options.chat_template, options.tools)
+        if options.add_generation_prompt and options.continue_final_message:
+            raise ValueError(
+                "add_generation_prompt and continue_final_message exclude each other: "
+                "set add_generation_prompt=False to continue the last message"
+            )
+        normal = normalize_messages(messages, template, options.content_format)
+        if not normal:
+            raise ValueError("a conversation needs at least one message")
+        try:
+            text = self.hf_tokenizer.apply_chat_template(
+                normal,
+                chat_template=template,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                tools=list(options.tools) if options.tools else None,
+                documents=options.documents,
+                tokenize=False,
+                **options.variables,
+            )
+        except Exception as error:  # a template can fail in every way that Python has
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the chat template refused the messages: {reason}") from error
         return str(text)
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
@@ -180,18 +270,29 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
     def bad_words_token_ids(self, bad_words: Sequence[str]) -> list[list[int]]:
-        """Return the token sequences that write these words, at the start of a word and inside.
+        """Return the token sequences that write these words, as vLLM has them.
+
+        A word is banned as it stands. Behind a space it is banned too if the space is part of its
+        first token. Where the space is a token of its own, that token would be the first of every
+        word, and where the space cuts the word into other tokens, its last token, the one that is
+        masked, would be the end of many words.
 
         Args:
             bad_words: Texts; spaces before them do not matter.
+
+        Raises:
+            ValueError: If a word has no token.
         """
         sequences: list[list[int]] = []
         for word in bad_words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                token_ids = self.encode(text, add_special_tokens=False)
-                if token_ids and token_ids not in sequences:
-                    sequences.append(token_ids)
-        return sequences
+            token_ids = self.encode(word.lstrip(), add_special_tokens=False)
+            if not token_ids:
+                raise ValueError(f"bad_words holds {word!r}, which has no token: leave it out")
+            behind_space = self.encode(" " + word.lstrip(), add_special_tokens=False)
+            sequences.append(token_ids)
+            if len(behind_space) == len(token_ids) and behind_space[0] != token_ids[0]:
+                sequences.append(behind_space)
+        return list(map(list, dict.fromkeys(map(tuple, sequences))))
 
     @cached_property
     def _all_bytes(self) -> TokenBytes:

@@ -133,7 +133,7 @@ def test_sampling_params_take_a_mapping_and_the_older_name() -> None:
     older = SamplingParams(guided_decoding=GuidedDecodingParams(choice=["a"], backend="outlines"))
     assert older.structured_outputs is not None
     assert older.structured_outputs.choice == ["a"]
-    assert older.clone(n=2).structured_outputs is older.structured_outputs
+    assert older.clone(n=2).structured_outputs == older.structured_outputs
     with pytest.raises(ValueError, match="give one of the two"):
         SamplingParams(structured_outputs=expected, guided_decoding=expected)
 

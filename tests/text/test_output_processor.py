@@ -151,10 +151,25 @@ def test_a_stop_string_wins_over_the_length_and_need_not_be_told_to_the_engine()
     assert session.stopped == []
 
 
-def test_the_stop_string_that_starts_first_ends_the_text() -> None:
-    session = Session(stop=["cd", "bc"])
-    session.feed(ids_of("abcd"))
-    assert (session.last.text, session.last.stop_reason) == ("a", "bc")
+@pytest.mark.parametrize(
+    ("stops", "text", "reason"),
+    [
+        (["cd", "bc"], "a", "bc"),  # complete before "cd" is
+        (["bcd", "c"], "ab", "c"),  # complete before "bcd" is, though that one starts first
+        (["bcd", "cd"], "a", "bcd"),  # complete at the same time: the first of the list
+        (["cd", "bcd"], "ab", "cd"),
+        (["d", "abcd"], "abc", "d"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_stop_string_that_is_complete_first_ends_the_text_however_long_a_token_is(
+    stops, text, reason, size
+) -> None:
+    session = Session(stop=stops)
+    for start in range(0, 4, size):
+        if not session.stopped:
+            session.feed(ids_of("abcd"[start : start + size]))
+    assert (session.last.text, session.last.stop_reason) == (text, reason)
 
 
 def test_stop_strings_are_ignored_up_to_min_tokens() -> None:
@@ -266,6 +281,20 @@ def test_logprobs_hold_the_sampled_token_and_the_top_ones_asked_for() -> None:
     ]
     assert list(second) == [a, b]
     assert session.last.cumulative_logprob == -3.25
+
+
+@pytest.mark.parametrize("detokenize", [True, False])
+def test_decoded_tokens_join_to_the_text_and_are_none_without_detokenize(detokenize) -> None:
+    session = Session(logprobs=0, output_kind=FINAL_ONLY, detokenize=detokenize)
+    token_ids = ids_of("a😀b")
+    for number, token_id in enumerate(token_ids, start=1):
+        end = FinishReason.LENGTH if number == len(token_ids) else None
+        session.feed([token_id], end, logprobs=arrays([(-1.0, 1, [], [])]))
+    decoded = [
+        entries[i].decoded_token
+        for i, entries in zip(token_ids, session.last.logprobs, strict=True)
+    ]
+    assert decoded == (["a", "", "", "", "😀", "b"] if detokenize else [None] * 6)
 
 
 def test_minus_one_logprobs_hold_the_whole_vocabulary_best_first() -> None:

@@ -308,7 +308,7 @@ class ModelRunner:
                 request.sampling_params,
                 request.sampling_params.seed or 0,
                 request.prompt_token_ids,
-                request.stop_token_ids,
+                request.end_token_ids,
                 is_masked=request.constraint is not None,
             )
         shape = self._buckets.choose(step.num_scheduled_tokens, len(step.rows))

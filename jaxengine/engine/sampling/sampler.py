@@ -123,8 +123,10 @@ def edit_logits(
 ) -> Float[Array, "B V"]:
     """Apply masks, allowed tokens, bad words, biases and penalties, in float32.
 
-    Where the others leave a masked row nothing, the mask alone counts: it never leaves nothing, and
-    what it keeps is what the output's form allows (``min_tokens`` cannot prolong a JSON object).
+    Where bans leave nothing of a row, they do not count there: some token must come, and one that
+    is not allowed would be worse than one that is banned. Where the others leave a masked row
+    nothing, the mask alone counts: it never leaves nothing, and what it keeps is what the output's
+    form allows (``min_tokens`` cannot prolong a JSON object).
     """
     logits = logits.astype(jnp.float32)
     if masks is None:
@@ -155,11 +157,15 @@ def _edit_by_lists(
     pending = last_tokens.at[rows.slot].get(mode="clip")  # [B]
     if variant.num_allowed:
         logits = _keep_allowed(logits, rows)
+    before_bans = logits
     if variant.num_bad_words:
         logits = _ban_bad_words(logits, rows, pending)
     if variant.num_biases:
         at = logits.at[rows.bias_rows, rows.bias_tokens]
         logits = at.add(rows.bias_values, mode="drop")
+    if variant.num_bad_words or variant.num_biases:
+        has_any = jnp.max(logits, axis=1, keepdims=True) > -jnp.inf
+        logits = jnp.where(has_any, logits, before_bans)
     if variant.num_history:
         logits = _apply_penalties(logits, rows, pending)
     return logits

@@ -131,6 +131,11 @@ class Request:
         return len(self.all_token_ids) + self.num_output_placeholders
 
     @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that must not come before ``min_tokens``; with ``ignore_eos`` the model's, too."""
+        return self.sampling_params.all_stop_token_ids | self.eos_token_ids
+
+    @property
     def is_finished(self) -> bool:
         """Whether the request has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED

@@ -380,6 +380,27 @@ def test_the_last_token_of_a_bad_word_is_masked_only_behind_the_others() -> None
     assert run_both_ways(logits, bad_words([8, 9, 5]), [8], [9]) == 5  # the prompt does not count
 
 
+@pytest.mark.parametrize(
+    "bans",
+    [
+        {"bad_words_token_ids": [[6], [7]]},
+        {"min_tokens": 2, "logit_bias": {6: -100, 7: -100}},
+        {"bad_words_token_ids": [[6]], "min_tokens": 1, "presence_penalty": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 3}, {"seed": 1, "top_p": 0.5}]
+)
+def test_bans_that_leave_nothing_of_the_allowed_tokens_do_not_count(how, bans) -> None:
+    logits = np.tile(logits_with(t5=5.0, t6=1.0, t7=0.5), (2, 1))
+    params = SamplingParams(allowed_token_ids=[6, 7], **how, **bans)
+    requests = [(params, 1, make_row(0)), (bad_words([5]), 0, make_row(1))]
+    _, output = run(logits, requests, end=frozenset([6, 7]))
+    assert int(output.token_ids[0]) in (6, 7)
+    assert int(output.token_ids[1]) == 6
+
+
 def test_edits_of_one_row_leave_the_others_alone() -> None:
     logits = np.tile(logits_with(t5=5.0, t6=1.0), (3, 1))
     edits = SamplingParams(

@@ -42,6 +42,12 @@ def test_ignore_eos_goes_on_behind_the_models_end_token() -> None:
     assert request.find_stop() is None
 
 
+def test_min_tokens_keeps_the_models_end_token_away_even_with_ignore_eos() -> None:
+    for ignore_eos in (False, True):
+        request = make_request("a", ignore_eos=ignore_eos, stop_token_ids=[7])
+        assert request.end_token_ids == {EOS, 7}
+
+
 def test_a_users_stop_token_is_the_stop_reason_even_with_ignore_eos() -> None:
     request = make_request("a", ignore_eos=True, stop_token_ids=[EOS])
     request.max_num_tokens = 100
