@@ -51,6 +51,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         *(*DEVICE, *MODELS, *WHOLE_ENGINE, "jaxengine.engine.device"),
     ),
     "jaxengine/text/*tokenizer.py": ("jaxengine.engine",),
+    "jaxengine/server/parsers/*": (*DEVICE, "numpy", "transformers"),
     "jaxengine/structured/*": (*DEVICE, *MODELS, *OUTSIDE[:-2], "jaxengine.engine"),
     "jaxengine/text/stop_strings.py": ("numpy", "jaxengine", "transformers"),
     "jaxengine/distributed/*": (*OUTSIDE, "jaxengine.convert"),
@@ -73,6 +74,7 @@ OF_OURS: dict[str, tuple[str, ...]] = {
     "convert/*": ("jaxengine.convert",),
     "jaxengine/sampling_params.py": ("jaxengine.structured.params",),
     "jaxengine/structured/params.py": (),
+    "jaxengine/server/parsers/*": ("jaxengine.server.parsers", "jaxengine.structured"),
     "jaxengine/engine/scheduling/*": ("jaxengine.engine.scheduling", "jaxengine.sampling_params"),
 }
 # The same, for imports at the top of a file only: convert runs where jax is not installed ...

@@ -30,17 +30,19 @@ class ReasoningMarkers:
 
 
 THINK = ReasoningMarkers("<think>", "</think>")
+HARMONY = ReasoningMarkers(
+    "",
+    "<|channel|>final<|message|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+)
 MAX_TAIL = 4  # tokens that a chat template may write behind an end marker: line ends
 # By the name of the reasoning parser.
 REASONING_MARKERS = {
     "deepseek_r1": THINK,
     "qwen3": THINK,
     "think": THINK,
-    "gpt_oss": ReasoningMarkers(
-        "",
-        "<|channel|>final<|message|>",
-        "<|end|><|start|>assistant<|channel|>final<|message|>",
-    ),
+    "gpt_oss": HARMONY,
+    "openai_gptoss": HARMONY,
 }
 
 
