@@ -117,7 +117,7 @@ def open_converted(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST} is no manifest of a converted checkpoint")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {manifest.get('version')} of the format, this program reads "
+            f"{path} has version {shown(manifest.get('version'))} of the format, this program reads "
             f"{VERSION}: convert the model again"
         )
     tensors = [_tensor(path, entry) for entry in manifest["tensors"]]

@@ -117,13 +117,20 @@ def _open_shards(index: Path, open_file: OpenFile) -> dict[str, StoredTensor]:
     for name, shard in weight_map.items():
         names_of.setdefault(shard, []).append(name)
     for shard, names in names_of.items():
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
+        if Path(shard).name != shard or not _is_file(index.parent / shard):
             raise CheckpointError(
                 f"{index} names the file {shown(shard)}, which is missing; it holds {len(names)} "
                 f"tensors, the first is {shown(names[0])}. Fetch the model again."
             )
     found = {shard: open_file(index.parent / shard) for shard in sorted(names_of)}
     return {name: _from_shard(index, name, shard, found) for name, shard in weight_map.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long for one
+        return False
 
 
 def _weight_map(index: Path) -> dict[str, str]:

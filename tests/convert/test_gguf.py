@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 from jaxengine.convert import open_checkpoint, parameters
+from jaxengine.convert.errors import CheckpointError
+from jaxengine.convert.gguf import BIAS_GROUPS
 from jaxengine.convert.gguf_file import read_gguf
 from jaxengine.convert.tensors import read
 
@@ -72,6 +74,107 @@ def test_tied_embeddings_and_biases_are_seen_from_the_tensors(tmp_path: Path) ->
     assert checkpoint.hf_config["attention_bias"] is True
     found = {p.path: p.load() for p in parameters(checkpoint)}
     assert_same_tree(found, expected_parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("stems", "expected"),
+    [
+        (("attn_q", "attn_k", "attn_v"), (True, False, False)),
+        (("attn_v",), (True, False, False)),
+        (("attn_output",), (False, True, False)),
+        (("ffn_up",), (False, False, True)),
+    ],
+)
+def test_each_bias_is_taken_where_it_is_and_is_zero_where_only_others_of_its_group_are(
+    tmp_path: Path, stems: tuple[str, ...], expected: tuple[bool, bool, bool]
+) -> None:
+    model = make_model("Llama")
+    path = tmp_path / "m.gguf"
+    biases = {f"blk.1.{stem}.bias": np.arange(ROWS[stem], dtype=np.float32) for stem in stems}
+    # Of layer 0 none is there.
+    checkpoint = open_checkpoint(write_model(path, model, "llama", biases=biases))
+    names = ("attention_qkv_bias", "attention_out_bias", "mlp_bias")
+    assert tuple(checkpoint.hf_config[name] for name in names) == expected
+    found = {name for name in checkpoint.tensors if name.endswith(".bias")}
+    group = next(group for group in BIAS_GROUPS if stems[0] in group)
+    assert len(found) == 2 * len(group)
+    for name in found:
+        is_stored = ".1." in name and any(STEMS[stem] in name for stem in stems)
+        assert read(checkpoint.tensors[name]).any() == is_stored
+
+
+STEMS = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
+STEMS["ffn_up"] = "up_proj"
+ROWS = {"attn_q": 96, "attn_k": 32, "attn_v": 32, "attn_output": 48, "ffn_up": 40}
+
+
+def test_kv_heads_that_differ_from_layer_to_layer_make_a_deci(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", make_model("Llama"), "llama", head_count_kv=[2, 1])
+    config = open_checkpoint(path).hf_config
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    assert config["num_key_value_heads_per_layer"] == [2, 1]
+
+
+def test_a_qwen_with_a_window_says_which_layers_have_it(tmp_path: Path) -> None:
+    keys = {"sliding_window": 32, "sliding_window_pattern": [True, False]}
+    path = write_model(tmp_path / "m.gguf", make_model("Qwen3"), "qwen3", **keys)
+    config = open_checkpoint(path).hf_config
+    assert config["use_sliding_window"] is True
+    assert config["sliding_window"] == 32
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"block_count": 10**9}, "llama.block_count is 1000000000, possible .* between 1 and 21"),
+        ({"key_length": 10**9}, "llama.attention.key_length is 1000000000, possible .* and 4096"),
+        ({"embedding_length": 2**31}, "llama.embedding_length is 2147483648"),
+        ({"head_count": 0}, "llama.attention.head_count is 0, possible is an integer between 1"),
+        ({"head_count_kv": [2]}, "llama.attention.head_count_kv has 1 entries, there are 2 layers"),
+        ({"value_length": 4}, "llama.attention.value_length is 4, keys have 16"),
+        ({"layer_norm_rms_eps": float("inf")}, "rms_epsilon is inf, possible is a number"),
+        ({"key_length": 7}, "is not made of heads of 7 rows"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named_with_its_limit(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    path = write_model(tmp_path / "m.gguf", make_model("Llama"), "llama", **keys)
+    with pytest.raises(CheckpointError, match=rf"m\.gguf.*{message}"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "message"),
+    [(48, "it must be a power of two"), (0, "between 1"), (1 << 30, "between 1 and 1048576")],
+)
+def test_an_alignment_that_is_no_small_power_of_two_is_refused(
+    tmp_path: Path, alignment: int, message: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint32("general.alignment", alignment)
+    with pytest.raises(CheckpointError, match=rf"general\.alignment is {alignment}, .*{message}"):
+        read_gguf(finish(writer, tmp_path / "m.gguf"))
+
+
+def test_offsets_that_leave_a_gap_or_overlap_are_refused(tmp_path: Path) -> None:
+    path = write_tensor(tmp_path / "m.gguf", np.zeros((2, 64), np.float32), TYPES.F32)
+    whole = path.read_bytes()
+    for offset in (0, 64):
+        path.write_bytes(whole.replace(struct.pack("<IQ", 0, 32), struct.pack("<IQ", 0, offset)))
+        with pytest.raises(CheckpointError, match=f"'x' has offset {offset}, expected 32 behind"):
+            read_gguf(path)
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "n.gguf", "llama")
+    writer.add_tensor("xxxxxx", np.ones(3, np.float32))
+    writer.add_tensor("xxxxxy", np.ones(3, np.float32))
+    path = finish(writer, tmp_path / "n.gguf")
+    path.write_bytes(path.read_bytes().replace(b"xxxxxy", b"xxxxxx"))
+    with pytest.raises(CheckpointError, match="tensor 'xxxxxx' is there twice"):
+        read_gguf(path)
 
 
 def test_the_config_has_the_sizes_of_the_metadata(tmp_path: Path) -> None:
@@ -234,6 +337,64 @@ def test_a_missing_metadata_key_is_named(tmp_path: Path) -> None:
     path = finish(gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), tmp_path / "m.gguf")
     with pytest.raises(ValueError, match=r"lacks the metadata key llama\.block_count"):
         open_checkpoint(path)
+
+
+def split(path: Path, model: Any, num_parts: int) -> list[Path]:
+    """A model in several files, as llama.cpp's gguf-split cuts one."""
+    whole = write_model(path / "whole.gguf", model, "llama")
+    reader = gguf.GGUFReader(whole)
+    per_part = -(-len(reader.tensors) // num_parts)
+    paths = []
+    for number in range(num_parts):
+        part = path / f"m-{number + 1:05}-of-{num_parts:05}.gguf"
+        writer = gguf.GGUFWriter(part, "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if field.name.startswith("llama."):
+                    writer.add_key_value(field.name, field.contents(), field.types[0])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", num_parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number * per_part : (number + 1) * per_part]:
+            writer.add_tensor(tensor.name, tensor.data)
+        paths.append(finish(writer, part))
+    whole.unlink()
+    return paths
+
+
+def test_any_part_of_a_split_file_opens_the_whole(tmp_path: Path) -> None:
+    model = make_model("Llama")
+    paths = split(tmp_path, model, 3)
+    for source in (*paths, tmp_path):
+        checkpoint = open_checkpoint(source)
+        assert checkpoint.source == paths[0]
+        found = {p.path: p.load() for p in parameters(checkpoint)}
+        assert_same_tree(found, expected_parameters(model))
+
+
+def test_a_missing_part_of_a_split_file_is_named(tmp_path: Path) -> None:
+    paths = split(tmp_path, make_model("Llama"), 3)
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf is missing: .* one of 3 parts"):
+        open_checkpoint(paths[2])
+
+
+def test_parts_of_a_split_file_that_are_mixed_up_or_renamed_are_refused(tmp_path: Path) -> None:
+    paths = split(tmp_path, make_model("Llama"), 2)
+    second = paths[1].read_bytes()
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(ValueError, match=r"says that it is part 1 of 2, its name that it is 2"):
+        open_checkpoint(paths[0])
+    (tmp_path / "renamed.gguf").write_bytes(second)
+    with pytest.raises(ValueError, match=r"one of 2 parts, .* expected NAME-00001-of-00002\.gguf"):
+        open_checkpoint(tmp_path / "renamed.gguf")
+
+
+def test_two_models_in_one_directory_are_not_taken_for_parts(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        write_model(tmp_path / name, make_model("Llama", num_hidden_layers=1), "llama")
+    with pytest.raises(ValueError, match=r"one \*\.gguf, found a\.gguf, b\.gguf"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_directory_with_one_gguf_file_is_opened_as_that_file(tmp_path: Path) -> None:

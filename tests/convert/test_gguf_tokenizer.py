@@ -350,3 +350,89 @@ def test_the_demo_models_special_tokens_are_known(demo: Checkpoint, demo_tokeniz
     assert demo.generation_config == ids
     assert demo_tokenizer.eos_token == "<|im_end|>"
     assert demo_tokenizer.decode([1, 2], skip_special_tokens=True) == ""
+
+
+def test_a_file_without_a_pre_tokenisers_name_is_warned_about(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"lacks tokenizer\.ggml\.pre, .*'default' is used, which"):
+        tokenizer = rebuilt(tmp_path, "gpt2", BYTES, token_merges=MERGES)
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str("a 1234")
+    assert [word for word, _ in cut] == ["a", "Ġ", "123", "4"]
+
+
+def test_llama_3_is_known_without_a_name_by_its_first_special_token(tmp_path: Path) -> None:
+    tokens = [*BYTES, *(f"<{i}>" for i in range(128000 - len(BYTES))), "<|begin_of_text|>"]
+    with pytest.warns(UserWarning, match=r"'llama-bpe' is used\. Convert"):
+        tokenizer = rebuilt(tmp_path, "gpt2", tokens, token_merges=MERGES, bos_token_id=128000)
+    assert tokenizer.encode("12345").tokens == ["<|begin_of_text|>", *"12345"]
+
+
+def test_a_sentencepiece_tokenizer_without_ids_has_those_of_its_kind(tmp_path: Path) -> None:
+    tokens = [*SPM_SPECIAL, *SPM_BYTES, *SPM_PIECES]
+    keys = {"token_types": [2, 3, 3, *[6] * 256, *[1] * len(SPM_PIECES)]}
+    keys["token_scores"] = [0.0] * 259 + [-float(i) for i in range(len(SPM_PIECES))]
+    without = files(tmp_path, "llama", tokens, **keys)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+    assert without == files(tmp_path, "llama", tokens, **keys, **ids)
+    assert json.loads(without["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+def test_the_space_before_a_text_can_be_turned_off(tmp_path: Path) -> None:
+    tokens = [*SPM_SPECIAL, *SPM_BYTES, *SPM_PIECES]
+    keys = {"token_types": [2, 3, 3, *[6] * 256, *[1] * len(SPM_PIECES)]}
+    keys["token_scores"] = [0.0] * 259 + [-float(i) for i in range(len(SPM_PIECES))]
+    found = rebuilt(tmp_path, "llama", tokens, **keys, add_space_prefix=False)
+    assert found.encode("the", add_special_tokens=False).tokens == ["t", "he"]
+    assert found.decode(found.encode(" the").ids) == " the"
+
+
+def test_an_end_token_of_another_type_is_a_special_token(tmp_path: Path) -> None:
+    tokens = ["<|im_end|>", *BYTES]
+    found = rebuilt(tmp_path, "gpt2", tokens, tokenizer_pre="gpt-2", token_merges=MERGES)
+    assert found.encode("a<|im_end|>").ids == [tokens.index("a"), 0]
+    assert found.decode([0]) == ""
+
+
+def test_named_chat_templates_lie_beside_the_default_one(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(BYTES)
+    writer.add_token_merges(MERGES)
+    writer.add_chat_template(
+        [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    )
+    metadata = Metadata(path, read_gguf(finish(writer, path)).metadata, "llama")
+    config = json.loads(tokenizer_files(metadata)["tokenizer_config.json"])
+    assert config["chat_template"] == [
+        {"name": "default", "template": "A"},
+        {"name": "tool_use", "template": "B"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "message"),
+    [
+        ("gpt2", {"token_merges": ["ab"]}, r"merges has the entry 'ab', expected two tokens"),
+        (
+            "gpt2",
+            {"token_list": ["a", "a"]},
+            r"token of .*ggml\.tokens 'a' is there twice",
+        ),
+        ("gpt2", {"token_types": [1]}, r"token_type has 1 entries, at least 257 are needed"),
+        ("llama", {"token_scores": [0.0]}, r"scores has 1 entries, at least 257 are needed"),
+        ("llama", {}, r"lacks tokenizer\.ggml\.scores"),
+        (
+            "llama",
+            {"token_list": ["x" * 2000], "token_scores": [0.0]},
+            "has a piece of 2000 characters, at most 1024",
+        ),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_file(
+    tmp_path: Path, model: str, keys: dict[str, Any], message: str
+) -> None:
+    tokens = keys.pop("token_list", BYTES)
+    keys = {"tokenizer_pre": "gpt-2", "token_merges": MERGES, **keys} if model == "gpt2" else keys
+    with pytest.raises(ValueError, match=rf"tokenizer\.gguf.*{message}"):
+        files(tmp_path, model, tokens, **keys)

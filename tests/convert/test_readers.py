@@ -5,8 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from jaxengine.convert import hub, open_checkpoint
+from jaxengine.convert.errors import CheckpointError
 
 from tests.convert.tiny import make_model, save_model
 
@@ -28,6 +30,59 @@ def test_a_directory_gives_config_tokenizer_and_generation_config(tmp_path: Path
     assert checkpoint.hf_config["hidden_size"] == 48
     assert checkpoint.tokenizer_files() == {"tokenizer.json": b"{}"}
     assert checkpoint.generation_config == {"eos_token_id": 2}
+
+
+def test_tokenizer_and_templates_are_taken_whole_with_the_config(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    names = [
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "qwen.tiktoken"),
+        *("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"),
+        *("special_tokens_map.json", "chat_template.json", "tekken.json", "spiece.model"),
+        "additional_chat_templates/tool_use.jinja",
+    ]
+    for name in names:
+        (tmp_path / "model" / name).write_text(name)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert checkpoint.tokenizer_files() == {name: name.encode() for name in sorted(names)}
+    checkpoint.write_tokenizer(tmp_path / "copy")
+    written = {
+        path.relative_to(tmp_path / "copy").as_posix(): path.read_bytes()
+        for path in (tmp_path / "copy").rglob("*")
+        if path.is_file()
+    }
+    config = (tmp_path / "model" / "config.json").read_bytes()
+    assert written == {**checkpoint.tokenizer_files(), "config.json": config}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [2, 5]}, {"temperature": 1.0}, (2, 5)),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 8]}, (7, 8)),
+        ({}, {"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": None}, None, ()),
+    ],
+)
+def test_end_tokens_are_those_of_the_generation_config_or_else_of_the_config(
+    tmp_path: Path, config: Any, generation_config: Any, expected: tuple[int, ...]
+) -> None:
+    save_model(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+    assert open_checkpoint(tmp_path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("value", ["2", 2.5, -1, True, [None], {"a": 1}])
+def test_an_end_token_that_is_no_token_is_named(tmp_path: Path, value: Any) -> None:
+    save_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"eos_token_id of generation_config\.json is"):
+        _ = checkpoint.eos_token_ids
 
 
 def test_tensors_are_known_by_name_and_read_whole(tmp_path: Path) -> None:
@@ -65,6 +120,62 @@ def test_a_shard_that_lacks_a_tensor_of_the_index_is_named(tmp_path: Path) -> No
     index["weight_map"]["model.ghost.weight"] = shard
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"{shard} lacks tensors .*model\.ghost\.weight"):
+        open_checkpoint(tmp_path)
+
+
+def rewrite_shard(path: Path, change: Any) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_the_index_says_which_of_two_copies_counts(tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path)["weight_map"]
+    right = weight_map["model.norm.weight"]
+    expected = open_checkpoint(tmp_path).read("model.norm.weight").copy()
+    for wrong in set(weight_map.values()) - {right}:
+        rewrite_shard(tmp_path / wrong, lambda t: t.update({"model.norm.weight": expected + 1}))
+    assert (open_checkpoint(tmp_path).read("model.norm.weight") == expected).all()
+
+
+def test_tensors_and_files_that_the_index_does_not_name_do_not_count(tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path)["weight_map"]
+    for shard in set(weight_map.values()):
+        rewrite_shard(tmp_path / shard, lambda t: t.update({"stray": np.ones(3, np.float32)}))
+    (tmp_path / "model-00099-of-00099.safetensors").write_bytes(b"never opened")
+    assert sorted(open_checkpoint(tmp_path).names) == sorted(weight_map)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_taken_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    index = sharded(tmp_path)
+    shards = sorted(set(index["weight_map"].values()))
+    right = index["weight_map"]["model.norm.weight"]
+    expected = open_checkpoint(tmp_path).read("model.norm.weight").copy()
+    index["weight_map"]["model.norm.weight"] = next(each for each in shards if each != right)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match=rf"it lies in {right} and is taken from there"):
+        checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.read("model.norm.weight") == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"weight_map": {"x": 3}}', "the file of tensor 'x' is 3, expected a name"),
+        ('{"weight_map": {"x": "' + "y" * 5000 + '"}}', "names the file 'yyy.*, which is missing"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": [1]}', "has no weight_map"),
+        ("[" * 100_000, "nests JSON values deeper than 64"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors\.index\.json.*{message}"):
         open_checkpoint(tmp_path)
 
 
@@ -200,6 +311,7 @@ def hub_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
         ("GatedRepoError", ["gated", "HF_TOKEN"]),
         ("RepositoryNotFoundError", ["no model", "HF_TOKEN", "local directory"]),
         ("LocalEntryNotFoundError", ["could not be reached", "HF_HUB_OFFLINE", "local directory"]),
+        ("RevisionNotFoundError", ["no branch, tag or commit", "None"]),
         ("OfflineModeIsEnabled", ["could not be reached", "HF_HUB_OFFLINE"]),
         ("HfHubHTTPError", ["could not be reached", "HF_ENDPOINT"]),
         ("a network that is down", ["could not be reached", "local directory"]),
@@ -210,6 +322,23 @@ def test_a_hub_that_does_not_give_the_model_is_an_error_with_remedies(
 ) -> None:
     text = hub_error(monkeypatch, kind)
     assert all(remedy in text for remedy in remedies)
+
+
+def test_a_hubs_own_error_is_given_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "a proxy between here and the hub says: " + "no " * 300 + "entry"
+
+    def fail() -> None:
+        raise ConnectionError(reason)
+
+    fake_hub(monkeypatch, fail)
+    with pytest.raises(CheckpointError, match=f"ConnectionError: {reason}$"):
+        open_checkpoint("org/name")
+
+
+@pytest.mark.parametrize("source", ["models/m.gguf", "./models/m", "/models/m"])
+def test_a_file_that_is_not_there_is_called_missing(source: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'{source}' is missing: it is neither"):
+        open_checkpoint(source)
 
 
 def test_hub_names_are_told_from_paths() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxengine.convert import convert_checkpoint, open_checkpoint, parameters, save
 from jaxengine.convert.__main__ import main
+from jaxengine.convert.errors import CheckpointError
 from jaxengine.convert.orbax_handler import blocks
 
 from tests.convert.tiny import FAMILIES, assert_same_tree, expected_parameters, save_model
@@ -292,6 +293,67 @@ def test_a_converted_model_that_was_truncated_names_the_tensor(source: Path) -> 
         file.truncate(100)
     with pytest.raises(ValueError, match=r"damaged: 'norm.weight' .* needs 192 bytes, .* has 100"):
         open_checkpoint(out)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "../../outside", r"has the tensor name '\.\./\.\./outside'"),
+        ("dtype", "O", "has dtype 'O', known: bfloat16"),
+        ("shape", [10**12, 10**12], "has more than"),
+        ("shape", [2.5], r"axis 0 of tensor .* is 2\.5"),
+        ("shape", [1] * 1000, "has a shape of 1000 axes"),
+        ("nbytes", 7, "the size of tensor 'embed_tokens.weight' is 7, possible"),
+        ("nbytes", None, "the size of tensor 'embed_tokens.weight' is None"),
+    ],
+)
+def test_a_damaged_manifest_names_field_and_value(
+    source: Path, field: str, value: Any, message: str
+) -> None:
+    out = source.with_name("out")
+    convert_quietly(source, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["tensors"][0]["name"] == "embed_tokens.weight"
+    manifest["tensors"][0][field] = value
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"manifest\.json.*{message}"):
+        open_checkpoint(out)
+
+
+def test_a_tensor_that_the_manifest_has_twice_is_refused(source: Path) -> None:
+    out = source.with_name("out")
+    convert_quietly(source, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["tensors"].append(manifest["tensors"][0])
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"'embed_tokens\.weight' is there twice"):
+        open_checkpoint(out)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "<f2"), ("order", "F"), ("shape", [1]), ("compressor", {"id": "zstd"})],
+)
+def test_an_arrays_metadata_that_says_something_else_is_refused(
+    source: Path, field: str, value: Any
+) -> None:
+    out = source.with_name("out")
+    convert_quietly(source, out)
+    file = out / "parameters" / "norm.weight" / ".zarray"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=rf"\.zarray: {field} is .*, the manifest says"):
+        open_checkpoint(out)
+
+
+def test_additional_templates_are_converted_too(source: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    out = source.with_name("out")
+    convert_quietly(source, out)
+    assert open_checkpoint(out).tokenizer_files() == {
+        "tokenizer.json": b'{"a": 1}',
+        "additional_chat_templates/tool_use.jinja": b"T",
+    }
 
 
 def test_a_conversion_without_manifest_is_incomplete(source: Path) -> None:

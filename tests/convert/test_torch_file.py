@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from jaxengine.convert import open_checkpoint, parameters
+from jaxengine.convert.errors import CheckpointError
 from jaxengine.convert.tensors import read
 from jaxengine.convert.torch_file import open_torch_file
 
@@ -150,3 +151,56 @@ def test_a_truncated_pickle_is_refused(tmp_path: Path) -> None:
 def test_a_value_that_is_no_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'step' is a int, expected a tensor"):
         open_torch_file(save(tmp_path / "f.bin", {"x": torch.ones(2), "step": 7}))
+
+
+def local_header(content: bytes, entry: str) -> int:
+    """Where the header before an entry starts."""
+    return content.index(entry.encode()) - 30
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (0, "the signature of entry 'f/data/0'"),
+        (6, "the flags of entry 'f/data/0'"),
+        (8, "the method of entry 'f/data/0'"),
+        (26, "the name of entry 'f/data/0'"),
+        (28, "entry 'f/data/0' has 16 bytes from byte .*, the next one starts at"),
+        (30, "the name of entry 'f/data/0'"),
+    ],
+)
+def test_a_flipped_bit_in_the_header_before_an_entry_is_seen(
+    tmp_path: Path, place: int, message: str
+) -> None:
+    path = save(tmp_path / "f.bin", {"x": torch.arange(4.0)})
+    content = bytearray(path.read_bytes())
+    content[local_header(bytes(content), "f/data/0") + place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"f\.bin: {message}"):
+        open_torch_file(path)
+
+
+def test_a_flipped_bit_in_a_weight_is_seen(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.bin", {"x": torch.arange(1000.0)})
+    content = path.read_bytes()
+    at = content.index(torch.arange(1000.0).numpy().tobytes())
+    path.write_bytes(content[: at + 9] + bytes([content[at + 9] ^ 4]) + content[at + 10 :])
+    with pytest.raises(CheckpointError, match=r"checksum of entry 'f/data/0' is 0x\w{8}, the zip"):
+        open_torch_file(path)
+
+
+def test_every_cut_of_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.bin", {"x": torch.ones(40)})
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 61):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"f\.bin"):
+            open_torch_file(path)
+
+
+def test_a_tensor_that_repeats_its_storage_takes_no_memory(
+    tmp_path: Path,
+) -> None:
+    path = save(tmp_path / "f.bin", {"x": torch.ones(1).expand(2**30, 2)})
+    with pytest.raises(CheckpointError, match="needs 8589934592 bytes, its storage holds 4"):
+        open_torch_file(path)

@@ -41,21 +41,40 @@ def permuted(values: np.ndarray, num_heads: int) -> np.ndarray:
     return heads.swapaxes(1, 2).reshape(values.shape)
 
 
-def write_model(path: Path, model: Any, architecture: str, **metadata: Any) -> Path:
-    """Write an HF model as an unquantised GGUF file without tokenizer."""
+def write_model(
+    path: Path,
+    model: Any,
+    architecture: str,
+    biases: dict[str, np.ndarray] | None = None,
+    **metadata: Any,
+) -> Path:
+    """Write an HF model as an unquantised GGUF file without tokenizer.
+
+    Args:
+        path: The file to write.
+        model: A model of transformers.
+        architecture: GGUF's name for it.
+        biases: Further tensors, by GGUF's names.
+        metadata: Method of the writer without its ``add_`` -> value, also of keys that are
+            written anyway.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    for key, value in metadata.items():
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": 10000.0,
+    }
+    for key, value in {**keys, **metadata}.items():
         getattr(writer, f"add_{key}")(value)
+    for name, values in (biases or {}).items():
+        writer.add_tensor(name, values)
     for name, values in state(model).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
