@@ -117,8 +117,8 @@ def open_converted(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST} is no manifest of a converted checkpoint")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {shown(manifest.get('version'))} of the format, this program reads "
-            f"{VERSION}: convert the model again"
+            f"{path} has version {shown(manifest.get('version'))} of the format, this program "
+            f"reads {VERSION}: convert the model again"
         )
     tensors = [_tensor(path, entry) for entry in manifest["tensors"]]
     check_unique((tensor.name for tensor in tensors), path / MANIFEST, "tensor")
