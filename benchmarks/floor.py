@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from benchmarks.workloads import Workload
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 ELEMENT_BYTES = 2  # of weights and of the KV cache
 

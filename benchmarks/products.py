@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.device_rates import SHORT_S, device_rates, seconds_per_run
 from benchmarks.records import ROOT, Record, publish, read_model, run_record
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 ROWS = (8, 32, 64, 128, 256, 512, 1024, 16384)
 MIN_WEIGHT_BYTES = 512 << 20  # of the weights of one run; an H200's L2 cache holds 60 MB

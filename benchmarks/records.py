@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from benchmarks.scaling_pieces import DEVICE_BYTES, Pieces, Wires
 from benchmarks.workloads import Workload
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 ACTIVATION_BYTES = 2  # bfloat16; the KV cache too
 GPU_MEMORY_UTILIZATION = 0.9

@@ -12,7 +12,7 @@ from benchmarks.records import ROOT, Record, read_model
 from benchmarks.scaling_model import CostModel, Layout
 from benchmarks.scaling_pieces import WIRES, Pieces, Wires, h200_pieces, read_records
 from benchmarks.workloads import WORKLOADS
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 SIZE_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 MODELS = ROOT / "benchmarks/models"

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxengine.convert.checkpoint import Checkpoint
-from jaxengine.convert.rules import Rule, Table, table_for
-from jaxengine.convert.tensors import DTYPES, Index, StoredTensor, full_index, read_box
+from jaxengine.convert.families import family_of, model_spec
+from jaxengine.convert.quantised import plain_tensors
+from jaxengine.convert.rules import Rule, Source, Table
+from jaxengine.convert.tensors import DTYPES, Index, StoredTensor, full_index, read, read_box
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the checkpoint, seen in the shape that it has in the parameter."""
+    """A tensor of the checkpoint, and what it fills of a parameter."""
 
     tensor: StoredTensor
-    box: tuple[int, ...]
+    source: Source
+
+    def read(self, index: Index) -> np.ndarray:
+        """Cut ``index`` out of the box, touching few rows of the tensor that are not needed."""
+        source = self.source
+        if source.is_plain:
+            return read_box(self.tensor, source.box, index)
+        first, last = source.rows or (0, self.tensor.shape[0])
+        view = source.view or source.box
+        lead = index[0]
+        # Where the parameter's first axis is the view's, only the rows in question are read.
+        if (not source.axes or source.axes[0] == 0) and view[0] == source.box[0]:
+            each = (last - first) // view[0]
+            first, last = first + lead.start * each, first + lead.stop * each
+            view, lead = (lead.stop - lead.start, *view[1:]), slice(None)
+        values = self.tensor.rows(first, last).reshape(view)
+        values = values[tuple(slice(None) if cut is None else slice(*cut) for cut in source.cut)]
+        if source.axes:
+            values = values.transpose(source.axes)
+        box = (view[0] if lead == slice(None) else source.box[0], *source.box[1:])
+        return values.reshape(box)[(lead, *index[1:])]
 
 
 @dataclass(frozen=True)
@@ -28,15 +50,13 @@ class Parameter:
         path: Dotted path in the tree.
         shape: Shape of the whole parameter.
         dtype: Dtype that ``load`` returns.
-        pieces: Tensors, joined along ``axis``.
-        axis: Axis along which they are joined.
+        pieces: What fills it.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: tuple[Piece, ...]
-    axis: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -59,27 +79,27 @@ class Parameter:
         """
         whole = full_index(self.shape, index)
         if len(self.pieces) == 1 and self.pieces[0].tensor.dtype == self.dtype:
-            return read_box(self.pieces[0].tensor, self.pieces[0].box, whole)
+            return self.pieces[0].read(whole)
         out = np.empty([part.stop - part.start for part in whole], self.dtype)
-        self._fill(out, whole)
+        for piece in self.pieces:
+            self._fill(out, whole, piece)
         return out
 
     def __getitem__(self, index: slice | Index) -> np.ndarray:
         """Same as ``load``."""
         return self.load(index if isinstance(index, tuple) else (index,))
 
-    def _fill(self, out: np.ndarray, index: Index) -> None:
-        wanted, before = index[self.axis], (slice(None),) * self.axis
-        begin = 0  # where the piece starts along the axis
-        for piece in self.pieces:
-            end = begin + piece.box[self.axis]
-            start, stop = max(wanted.start, begin), min(wanted.stop, end)
-            if start < stop:
-                inside = (*index[: self.axis], slice(start - begin, stop - begin))
-                part = read_box(piece.tensor, piece.box, (*inside, *index[self.axis + 1 :]))
-                target = (*before, slice(start - wanted.start, stop - wanted.start))
-                out[target] = part
-            begin = end
+    def _fill(self, out: np.ndarray, index: Index, piece: Piece) -> None:
+        box = piece.source.box
+        origin = (*piece.source.origin, *(0,) * (len(box) - len(piece.source.origin)))
+        inside, target = [], []
+        for wanted, size, begin in zip(index, box, origin, strict=True):
+            start, stop = max(wanted.start, begin), min(wanted.stop, begin + size)
+            if start >= stop:
+                return
+            inside.append(slice(start - begin, stop - begin))
+            target.append(slice(start - wanted.start, stop - wanted.start))
+        out[tuple(target)] = piece.read(tuple(inside))
 
 
 def parameters(checkpoint: Checkpoint, dtype: str | None = None) -> Iterator[Parameter]:
@@ -101,45 +121,82 @@ def parameters(checkpoint: Checkpoint, dtype: str | None = None) -> Iterator[Par
     target = None if dtype is None else DTYPES[dtype]
     if checkpoint.format == "converted":
         return (_as_stored(tensor, target) for tensor in checkpoint.tensors.values())
-    table = table_for(checkpoint.hf_config)
-    rules = [rule for rule in table.expand() if _applies(rule, checkpoint)]
-    _check(rules, table, checkpoint)
-    return (_parameter(rule, checkpoint, target) for rule in rules)
+    table = family_of(checkpoint.hf_config).table(model_spec(checkpoint.hf_config))
+    found = with_prefix(plain_tensors(checkpoint.tensors, checkpoint.hf_config), table)
+    rules = [_resolved(rule, found) for rule in table.rules]
+    _check(rules, table, found, checkpoint)
+    return (_parameter(rule, found, target) for rule in rules)
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor], table: Table) -> Mapping[str, StoredTensor]:
+    """The tensors under the table's names, also where the checkpoint is one of the bare model."""
+    prefix = table.prefix
+    wanted = {source.name for rule in table.rules for source in rule.sources}
+    if not prefix or any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {
+        f"{prefix}{name}" if f"{prefix}{name}" in wanted else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _resolved(rule: Rule, found: Mapping[str, StoredTensor]) -> Rule:
+    """The rule with the names that this checkpoint uses."""
+    if not any(source.others for source in rule.sources):
+        return rule
+    return replace(rule, sources=tuple(_named(source, found) for source in rule.sources))
+
+
+def _named(source: Source, found: Mapping[str, StoredTensor]) -> Source:
+    names = (source.name, *source.others)
+    return replace(source, name=next((n for n in names if n in found), source.name))
 
 
 def _as_stored(tensor: StoredTensor, dtype: np.dtype | None) -> Parameter:
-    piece = Piece(tensor, tensor.shape)
+    piece = Piece(tensor, Source(tensor.name, tensor.shape, tensor.shape))
     return Parameter(tensor.name, tensor.shape, dtype or tensor.dtype, (piece,))
 
 
-def _parameter(rule: Rule, checkpoint: Checkpoint, dtype: np.dtype | None) -> Parameter:
-    pieces = tuple(Piece(checkpoint.tensors[s.name], s.box) for s in rule.sources)
-    found = {piece.tensor.dtype for piece in pieces}
-    stored = found.pop() if len(found) == 1 else DTYPES["float32"]
-    return Parameter(rule.path, rule.shape, dtype or stored, pieces, rule.axis)
+def _parameter(rule: Rule, found: Mapping[str, StoredTensor], dtype: np.dtype | None) -> Parameter:
+    pieces = tuple(Piece(found[source.name], source) for source in rule.sources)
+    dtypes = {piece.tensor.dtype for piece in pieces}
+    stored = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    return Parameter(rule.path, rule.shape, dtype or stored, pieces)
 
 
-def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:
-    return not rule.optional or any(s.name in checkpoint.tensors for s in rule.sources)
-
-
-def _check(rules: list[Rule], table: Table, checkpoint: Checkpoint) -> None:
+def _check(
+    rules: list[Rule], table: Table, found: Mapping[str, StoredTensor], checkpoint: Checkpoint
+) -> None:
     sources = {source.name: source for rule in rules for source in rule.sources}
-    found = checkpoint.tensors
     missing = [name for name in sources if name not in found]
-    unknown = [n for n in found if n not in sources and not n.endswith(table.ignored)]
+    unknown = [
+        name
+        for name, tensor in found.items()
+        if name not in sources and not name.endswith(table.ignored) and not _adds_nothing(tensor)
+    ]
     wrong = [
         f"{name} (expected {source.shape}, found {found[name].shape})"
         for name, source in sources.items()
         if name in found and found[name].shape != source.shape
     ]
     problems = (("missing tensors", missing), ("unknown tensors", unknown), ("wrong shapes", wrong))
-    lines = [f"{what}: {', '.join(names)}" for what, names in problems if names]
+    lines = [f"{what}: {_listed(names)}" for what, names in problems if names]
     if lines:
-        quantised = checkpoint.hf_config.get("quantization_config")
-        if quantised and checkpoint.format != "gguf":
-            lines.append(f"the checkpoint is quantised ({quantised}), which is not supported yet")
         architecture = checkpoint.hf_config["architectures"][0]
         raise ValueError(
             f"{checkpoint.source} does not match its config ({architecture}). " + "; ".join(lines)
         )
+
+
+def _adds_nothing(tensor: StoredTensor) -> bool:
+    """Whether it is a bias of zeros, which some tools store for every linear layer."""
+    is_bias = tensor.name.endswith(".bias") and len(tensor.shape) == 1
+    return is_bias and not np.any(read(tensor))
+
+
+MOST_NAMES = 20  # that an error lists: the reason shows in the first ones
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,55 +1,65 @@
-"""The table that says how Hugging Face's tensors become our parameters, and the families' registry.
+"""The table that says how Hugging Face's tensors become our parameters.
 
-A parameter is one or more tensors laid side by side along one axis, each first seen in another
-shape of as many elements. Orientation stays [out, in]: nothing is transposed here.
+A parameter is filled from one or more tensors. Of each, a ``Source`` says which part it takes and
+where that goes::
+
+    tensor [shape] -> rows -> seen as view -> cut -> axes reordered -> seen as box -> at origin
+
+Most sources need the first and the last step alone. Orientation is [out, in] in every parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint and its place in a parameter.
+    """A tensor of the checkpoint, and the place of its values in a parameter.
 
     Attributes:
-        name: Hugging Face's name; ``{i}`` stands for the layer.
+        name: Hugging Face's name.
         shape: The shape it must have in the checkpoint.
-        box: The shape it takes in the parameter.
+        box: The shape that its values take in the parameter.
+        origin: Where in the parameter the box begins; () for the start.
+        rows: Which rows of the tensor's first axis; None for all.
+        view: The shape in which those are cut and reordered; () for the box.
+        cut: A range for each leading axis of the view; None for all of an axis.
+        axes: The view's axes in their new order; () for as they are.
+        others: Names that serve where ``name`` is missing.
     """
 
     name: str
     shape: Shape
     box: Shape
+    origin: Shape = ()
+    rows: tuple[int, int] | None = None
+    view: Shape = ()
+    cut: tuple[tuple[int, int] | None, ...] = ()
+    axes: tuple[int, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor, seen in the shape of the box, is the part."""
+        return self.rows is None and not self.cut and not self.axes
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: the boxes of its sources, joined along ``axis``.
+    """A parameter and what fills it; the boxes of its sources neither overlap nor leave a gap.
 
     Attributes:
-        path: Our dotted path; ``{i}`` stands for the layer.
-        sources: Tensors in the order in which they are joined.
-        axis: Axis along which they are joined.
-        optional: Whether the checkpoint may lack all of its sources.
+        path: Our dotted path.
+        shape: Shape of the parameter.
+        sources: Tensors, or parts of them.
     """
 
     path: str
+    shape: Shape
     sources: tuple[Source, ...]
-    axis: int = 0
-    optional: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of the parameter."""
-        box = self.sources[0].box
-        joined = sum(source.box[self.axis] for source in self.sources)
-        return (*box[: self.axis], joined, *box[self.axis + 1 :])
 
 
 @dataclass(frozen=True)
@@ -57,86 +67,16 @@ class Table:
     """What a family's checkpoint holds.
 
     Attributes:
-        rules: One for each parameter; a path with ``{i}`` counts once a layer.
-        num_layers: How many layers ``{i}`` runs over.
+        rules: One for each parameter, layers together and in order.
         ignored: Endings of tensor names that are no parameters (buffers of old checkpoints).
+        prefix: Beginning of names that checkpoints of the bare model leave out ("model.").
     """
 
     rules: tuple[Rule, ...]
-    num_layers: int
     ignored: tuple[str, ...] = ()
-
-    def expand(self) -> Iterable[Rule]:
-        """Every rule with its layer filled in, layers together and in order."""
-        in_layers = [rule for rule in self.rules if "{i}" in rule.path]
-        yield from (rule for rule in self.rules if rule.path.startswith("embed"))
-        for i in range(self.num_layers):
-            for rule in in_layers:
-                yield _fill(rule, i)
-        for rule in self.rules:
-            if "{i}" not in rule.path and not rule.path.startswith("embed"):
-                yield rule
+    prefix: str = ""
 
 
-def same(path: str, name: str, shape: Shape, optional: bool = False) -> Rule:
-    """A rule for a tensor that only changes its name."""
-    return Rule(path, (Source(name, shape, shape),), optional=optional)
-
-
-def _fill(rule: Rule, layer: int) -> Rule:
-    sources = tuple(
-        replace(source, name=source.name.replace("{i}", str(layer))) for source in rule.sources
-    )
-    return replace(rule, path=rule.path.replace("{i}", str(layer)), sources=sources)
-
-
-Config = Mapping[str, Any]
-RulesFn = Callable[[Config], Table]
-
-_families: dict[str, RulesFn] = {}
-
-OUT_OF_SCOPE = (
-    "ForConditionalGeneration", "Whisper", "Speech", "Bark", "TTS", "Tts", "Vits", "Musicgen",
-    "Vision", "VL", "Llava", "Audio", "Wav2Vec", "Kokoro", "Clip", "CLIP",
-)  # fmt: skip
-
-
-def register_family(architecture: str, rules_fn: RulesFn) -> None:
-    """Make checkpoints of an architecture readable. A later call for the same name wins.
-
-    Args:
-        architecture: Name in the config's ``architectures``, e.g. "LlamaForCausalLM".
-        rules_fn: Gives the table for a config.json.
-    """
-    _families[architecture] = rules_fn
-
-
-def table_for(config: Config) -> Table:
-    """The table of the config's architecture.
-
-    Raises:
-        ValueError: If the architecture is not supported, or the config lacks a value.
-    """
-    architectures = config.get("architectures") or []
-    architecture = architectures[0] if architectures else None
-    if architecture in _families:
-        try:
-            return _families[architecture](config)
-        except KeyError as error:
-            raise ValueError(f"config.json of a {architecture} lacks {error}") from None
-    raise ValueError(_unsupported(architecture, "auto_map" in config))
-
-
-def _unsupported(architecture: str | None, has_remote_code: bool) -> str:
-    supported = ", ".join(sorted(_families))
-    if architecture is None:
-        return f'config.json names no model in "architectures"; supported: {supported}'
-    reason = f"the architecture {architecture} is not supported; supported: {supported}"
-    if any(word in architecture for word in OUT_OF_SCOPE):
-        reason = (
-            f"{architecture} is a multimodal, speech or text-to-speech architecture: these are "
-            f"out of scope, only text models are served. Supported: {supported}"
-        )
-    if has_remote_code:
-        reason += ". The model brings its own code (auto_map), which is never run"
-    return reason
+def same(path: str, name: str, shape: Shape, *others: str) -> Rule:
+    """A rule for a tensor that only changes its name; ``others`` serve where it is missing."""
+    return Rule(path, shape, (Source(name, shape, shape, others=others),))

@@ -13,6 +13,19 @@ from jaxtyping import Array, Int
 from jaxengine.pallas_kernels.peers import Peers
 
 
+@dataclasses.dataclass(frozen=True)
+class CachePlace:
+    """Where a layer's keys and values are.
+
+    Attributes:
+        group: Whose block table counts.
+        array: Number of the cache among those of the stage.
+    """
+
+    group: int
+    array: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputBatch:
@@ -36,6 +49,11 @@ class InputBatch:
     decode_only: bool = dataclasses.field(metadata={"static": True})
     last_tokens_only: bool = dataclasses.field(default=False, metadata={"static": True})
     peers: Peers | None = None
+
+    def of_group(self, group: int) -> "InputBatch":
+        """Return the batch with the block table of one group of layers."""
+        assert group == 0, "there is one group"
+        return self
 
     def after_sums(self, num_sums: int) -> "InputBatch":
         """Return the batch as it is behind so many sums over the shards."""

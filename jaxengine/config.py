@@ -1,159 +1,11 @@
-"""What a model is (ModelConfig, from HF's config.json) and how the engine runs it (EngineConfig).
+"""How the engine runs a model: EngineConfig, every flag. Standard library only.
 
-HF names are translated here, once; no other module reads them. Standard library only, so that
-the scheduler and its tests never import jax.
+The scheduler and its tests never import jax.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
-
-DTYPES = ("bfloat16", "float16", "float32")
-
-# Other spellings of ``dtype`` that users of vLLM type.
-_DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding as HF's ``rope_parameters`` (``rope_scaling`` before v5) has it.
-
-    Attributes:
-        rope_type: default, linear, dynamic, llama3 or yarn.
-        theta: Base of the frequencies.
-        rotary_fraction: Share of ``head_dim`` that is rotated.
-        parameters: The remaining HF fields of that type (``factor``, ...).
-    """
-
-    rope_type: str = "default"
-    theta: float = 10000.0
-    rotary_fraction: float = 1.0
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
-        """Read the rope fields of an HF config, in the spelling of any transformers release."""
-        parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-        parameters.pop("type", None)
-        theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-        fraction = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor")
-        return cls(rope_type, float(theta), float(fraction or 1.0), parameters)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder, in the field's names.
-
-    Attributes:
-        sliding_windows: One entry a layer: the window in tokens, or None for full attention.
-        max_position_embeddings: The longest sequence that the checkpoint was made for.
-        dtype: Type of weights and activations.
-        hf_config: The whole config.json, for what only one family has.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str
-    rope: RopeConfig
-    tie_word_embeddings: bool
-    sliding_windows: tuple[int | None, ...]
-    dtype: str
-    eos_token_ids: tuple[int, ...]
-    hf_config: Mapping[str, Any] = dataclasses.field(hash=False, repr=False)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], dtype: str = "auto") -> "ModelConfig":
-        """Translate the content of an HF ``config.json``.
-
-        Raises:
-            ValueError: If a field that the shape needs is missing or does not divide.
-        """
-        architectures = hf.get("architectures") or []
-        if not architectures:
-            raise ValueError("config.json names no architecture: add an 'architectures' list to it")
-        num_heads = _required(hf, "num_attention_heads")
-        hidden_size = _required(hf, "hidden_size")
-        num_kv_heads = hf.get("num_key_value_heads") or num_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads {num_heads} is not a multiple of "
-                f"num_key_value_heads {num_kv_heads}: config.json is damaged"
-            )
-        num_layers = _required(hf, "num_hidden_layers")
-        return cls(
-            architecture=architectures[0],
-            vocab_size=_required(hf, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_required(hf, "intermediate_size"),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=hf.get("head_dim") or hidden_size // num_heads,
-            max_position_embeddings=_required(hf, "max_position_embeddings"),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            hidden_act=hf.get("hidden_act", "silu"),
-            rope=RopeConfig.from_hf(hf),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            sliding_windows=_sliding_windows(hf, num_layers),
-            dtype=resolve_dtype(dtype, hf.get("dtype") or hf.get("torch_dtype")),
-            eos_token_ids=_as_ids(hf.get("eos_token_id")),
-            hf_config=dict(hf),
-        )
-
-    @property
-    def uniform_sliding_window(self) -> int | None:
-        """The window that every layer has; None if any layer sees everything."""
-        windows = set(self.sliding_windows)
-        return windows.pop() if len(windows) == 1 else None
-
-
-def _required(hf: Mapping[str, Any], name: str) -> int:
-    value = hf.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json has {name}={value!r}: a positive integer is needed")
-    return value
-
-
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _sliding_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window")
-    if not window or hf.get("use_sliding_window") is False:
-        return (None,) * num_layers
-    if layer_types := hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    if "max_window_layers" in hf:  # Qwen: only the layers from this one on have the window
-        first = hf["max_window_layers"]
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    return (window,) * num_layers
-
-
-def resolve_dtype(requested: str, stored: str | None) -> str:
-    """Choose the compute dtype: what was asked for, or for ``auto`` what the checkpoint stores.
-
-    ``auto`` keeps bfloat16, float16 and float32 as they are stored.
-
-    Raises:
-        ValueError: If the dtype is not one of ``DTYPES``.
-    """
-    wanted = str(stored or "bfloat16").removeprefix("torch.") if requested == "auto" else requested
-    wanted = _DTYPE_ALIASES.get(wanted, wanted)
-    if wanted not in DTYPES:
-        raise ValueError(f"dtype {wanted!r} is not supported: use one of auto, {', '.join(DTYPES)}")
-    return wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +44,8 @@ class EngineConfig:
         enforce_eager: Compile shapes when they are first needed instead of at start.
         load_format: auto, safetensors, pt, gguf, or dummy (random weights).
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
-        hf_overrides: Fields that replace those of config.json.
+        hf_overrides: Fields that replace those of config.json, nested ones as "a.b"; or a function of
+            it.
         generation_config: auto (the model's defaults) or vllm (neutral defaults).
         max_logprobs: Most log-probabilities that a request may ask for per token; -1 for all.
         reasoning_parser: How the model marks its reasoning: deepseek_r1, qwen3, gpt_oss or think;
@@ -232,7 +85,7 @@ class EngineConfig:
     enforce_eager: bool = False
     load_format: str = "auto"
     attention_backend: str | None = None
-    hf_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    hf_overrides: Mapping[str, Any] | Callable | None = dataclasses.field(default=None, hash=False)
     generation_config: str = "auto"
     max_logprobs: int = 20
     reasoning_parser: str = ""

@@ -60,8 +60,10 @@ class LLM:
         config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
         markers_of(config.reasoning_parser)  # refused before anything is loaded
         prepare_process(config)
-        checkpoint = open_model(config.model, config.load_format, config.revision)
-        check_hf_config({**checkpoint.hf_config, **config.hf_overrides})
+        checkpoint = open_model(
+            config.model, config.load_format, config.revision, config.hf_overrides
+        )
+        check_hf_config(checkpoint.hf_config)
         generation_config = checkpoint.generation_config
         leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
         self._tokenizer: Tokenizer | None = None

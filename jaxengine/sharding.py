@@ -56,6 +56,11 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
+def held_kv_heads(num_kv_heads: int, num_shards: int) -> int:
+    """KV heads in weights and cache over all shards: with more shards than heads, one a shard."""
+    return max(num_kv_heads, num_shards)
+
+
 def check_tensor_parallel_size(
     size: int, *, num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int
 ) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from jaxengine import convert
 from jaxengine.convert import Checkpoint, Parameter
 from jaxengine.convert.checkpoint import read_tokenizer_files
+from jaxengine.convert.overrides import Overrides, override_config
 
 __all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
            "param_specs", "random_params"]  # fmt: skip
@@ -39,8 +40,10 @@ class ParamSpec:
         shape: Shape in memory.
         dtype: Type in memory.
         spec: How it is cut.
-        init: What a dummy one holds, "normal" or "ones".
+        init: What a dummy one holds, "normal", "ones" or "zeros".
         num_in_axes: Axes that stand first in memory and last in a checkpoint.
+        num_kv_heads: Of a fused [K, G + 2, ...], the KV heads that a checkpoint has: held more
+            often, each is repeated with its share of the queries. None for all else.
     """
 
     shape: tuple[int, ...]
@@ -48,11 +51,25 @@ class ParamSpec:
     spec: P
     init: str
     num_in_axes: int = 0
+    num_kv_heads: int | None = None
+
+    @property
+    def rolled_shape(self) -> tuple[int, ...]:
+        """Shape with the axes in a checkpoint's order."""
+        return self.shape[self.num_in_axes :] + self.shape[: self.num_in_axes]
+
+    @property
+    def kv_repeats(self) -> int:
+        """How often each KV head of a checkpoint is held."""
+        return 1 if self.num_kv_heads is None else self.rolled_shape[0] // self.num_kv_heads
 
     @property
     def checkpoint_shape(self) -> tuple[int, ...]:
         """Shape that a checkpoint gives it."""
-        return self.shape[self.num_in_axes :] + self.shape[: self.num_in_axes]
+        if self.kv_repeats == 1:
+            return self.rolled_shape
+        _, width, *rest = self.rolled_shape
+        return (self.num_kv_heads or 1, (width - 2) * self.kv_repeats + 2, *rest)
 
     @property
     def num_bytes(self) -> int:
@@ -66,13 +83,29 @@ class ParamSpec:
 
 
 def open_model(
-    source: str | Path, load_format: str = "auto", revision: str | None = None
+    source: str | Path,
+    load_format: str = "auto",
+    revision: str | None = None,
+    hf_overrides: Overrides | None = None,
 ) -> Checkpoint:
     """Open a model for reading; with ``load_format="dummy"`` a directory's config is enough.
+
+    Args:
+        source: Hub name, HF directory, GGUF file or converted directory.
+        load_format: Which of ``LOAD_FORMATS`` it must be.
+        revision: Branch, tag or commit of a hub model.
+        hf_overrides: Fields that replace those of config.json, for all that read it.
 
     Raises:
         ValueError: If it cannot be found, is damaged, or is not of the format asked for.
     """
+    checkpoint = _open(source, load_format, revision)
+    return dataclasses.replace(
+        checkpoint, hf_config=override_config(checkpoint.hf_config, hf_overrides)
+    )
+
+
+def _open(source: str | Path, load_format: str, revision: str | None) -> Checkpoint:
     if load_format == "dummy":
         directory = Path(source).expanduser()
         if not (directory / "config.json").is_file():
@@ -123,6 +156,7 @@ def param_specs(build_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, P
             metadata["spec"],
             metadata["init"],
             metadata["num_in_axes"],
+            metadata["num_kv_heads"],
         )
     return (graphdef, state), specs
 
@@ -172,9 +206,13 @@ def load_params(
 
 
 def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
-    read: Callable[[Index | None], np.ndarray] = source.load
     if source.shape != spec.checkpoint_shape:
-        read = _repeat_kv_heads(source, spec.checkpoint_shape)
+        raise ValueError(
+            f"{source.path} has shape {source.shape}, the model needs {spec.checkpoint_shape}"
+        )
+    read: Callable[[Index | None], np.ndarray] = source.load
+    if spec.kv_repeats > 1:
+        read = _repeat_kv_heads(source, spec.rolled_shape)
     if spec.num_in_axes:
         read = _roll_axes(read, spec.num_in_axes)
     sharding = NamedSharding(mesh, spec.spec)
@@ -202,14 +240,7 @@ def _repeat_kv_heads(
 
     With more shards than KV heads each head is held r times, with its share of the queries.
     """
-    repeats, expected = 0, tuple[int, ...]()
-    if len(source.shape) > 1:  # [K, G + 2, ...]; nothing else can be repeated
-        heads, group = source.shape[0], source.shape[1] - 2
-        repeats = shape[0] // heads
-        expected = (heads * repeats, group // max(repeats, 1) + 2, *source.shape[2:])
-    if repeats < 2 or shape != expected:
-        raise ValueError(f"{source.path} has shape {source.shape}, the model needs {shape}")
-    share = group // repeats
+    repeats, share = shape[0] // source.shape[0], shape[1] - 2
 
     def read_head(head: int, rest: Index) -> np.ndarray:
         whole = source.load((slice(head // repeats, head // repeats + 1), slice(None), *rest))
@@ -240,6 +271,6 @@ def random_params(specs: dict[str, ParamSpec], mesh: Mesh, seed: int) -> Params:
 
 
 def _maker(spec: ParamSpec) -> Callable[[jax.Array], jax.Array]:
-    if spec.init == "ones":
-        return lambda key: jnp.ones(spec.shape, spec.dtype)
+    if spec.init in ("ones", "zeros"):
+        return lambda key: jnp.full(spec.shape, int(spec.init == "ones"), spec.dtype)
     return lambda key: jax.random.normal(key, spec.shape, spec.dtype) * 0.02

@@ -36,8 +36,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.operands import Addends, Norm
 from jaxengine.pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
-from jaxengine.pallas_kernels.residual_norm_triton import add_row, add_up, normalised
+from jaxengine.pallas_kernels.residual_norm_triton import (
+    NormKind,
+    RowProblem,
+    add_row,
+    add_up,
+    check_row_operands,
+    normalised,
+    row_arrays,
+)
 from jaxtyping import Array, Float, Int
 
 PACKED = 4  # numbers of a thread in a small array: two packets of 8 bytes, half of it data
@@ -78,38 +87,51 @@ def all_reduce_triton(
 
 
 def all_reduce_norm_triton(
-    parts: Float[Array, "S T D"],
+    addends: Addends,
     peers: Peers,
     residual: Float[Array, "T D"],
-    weight: Float[Array, " D"],
+    norms: tuple[Norm, ...],
     *,
-    eps: float,
-) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """Return the sum over all GPUs with the residual added, as ``all_reduce``, and its norm.
+    inner: Norm | None = None,
+    scale: float = 1.0,
+) -> tuple[Float[Array, "T D"], tuple[Float[Array, "T D"], ...]]:
+    """Return the residual stream with the sum over all GPUs, and its norms, as ``residual_norm``.
 
     Args:
-        parts: This GPU's; added up and rounded to the residual's dtype before they are sent.
+        addends: This GPU's; added up and rounded to the residual's dtype before they are sent.
         peers: Where to write, and the number of the call.
         residual: The same on all GPUs.
-        weight: Of the norm.
-        eps: Of the norm.
+        norms: Of the stream.
+        inner: Of the sum before it joins.
+        scale: Factor on what joins.
 
     Raises:
-        NotImplementedError: For a dtype or a size not served.
+        NotImplementedError: For a dtype or a size not served; of a large array also for anything
+            but one product and one plain norm.
     """
     layout, (num_rows, num_columns) = peers.layout, residual.shape
-    if residual.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"all-reduce in Triton: {residual.dtype}, not of 16 bits")
+    check_row_operands(addends, residual, norms, inner)
     if num_columns % PACKED:  # a thread's numbers lie in one row, side by side
         raise NotImplementedError(f"all-reduce in Triton: D is {num_columns}, not n * {PACKED}")
     padded = max(PACKED * 32, pl.next_power_of_2(num_columns))
     if num_rows * padded <= layout.small_elements and padded <= MAX_ROW:
-        return _add_rows(layout, eps, padded, parts, *_where(peers), residual, weight)
+        problem = RowProblem.of(addends, norms, inner, scale)
+        arrays = row_arrays(addends, residual, norms, inner)
+        like = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+        total, *normed = _add_rows(layout, problem, padded, like, *_where(peers), *arrays)
+        return total, tuple(normed)
     fits = residual.size <= layout.large_elements and LARGE_TILE % num_columns == 0
-    if not (fits and layout.num_gpus == 2 and parts.shape[0] == 1 and num_columns >= VECTOR):
-        raise NotImplementedError(f"all-reduce in Triton, with norm: {parts.shape}, {layout}")
+    is_plain = addends.is_single and len(norms) == 1 and norms[0].is_plain
+    is_plain &= inner is None and scale == 1
+    parts = addends.arrays[0]
+    if not (fits and is_plain and layout.num_gpus == 2 and parts.shape[0] == 1):
+        raise NotImplementedError(f"all-reduce in Triton, with norm: {residual.shape}, {layout}")
+    if num_columns < VECTOR:
+        raise NotImplementedError(f"all-reduce in Triton, with norm: D is {num_columns}")
     x = parts[0].astype(residual.dtype)
-    return _add_large_rows(layout, eps, x, *_where(peers), residual, weight)
+    where = _where(peers)
+    total, normed = _add_large_rows(layout, norms[0].eps, x, *where, residual, norms[0].weight)
+    return total, (normed,)
 
 
 def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]:
@@ -274,28 +296,30 @@ def _num_registers(args: list[jax.Array]) -> int:
     return sum(PACKED * arg.dtype.itemsize // 4 for arg in args)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _add_rows(
-    layout: InboxLayout, eps: float, padded: int, parts: jax.Array, *others: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    num_rows = parts.shape[1]
-    like = jax.ShapeDtypeStruct(parts.shape[1:], others[3].dtype)
+    layout: InboxLayout,
+    problem: RowProblem,
+    padded: int,
+    like: jax.ShapeDtypeStruct,
+    *arrays: jax.Array,
+) -> tuple[jax.Array, ...]:
     num_warps = min(MAX_WARPS, padded // PACKED // 32)
-    total, normed = pl.pallas_call(
-        functools.partial(_rows_kernel, layout, eps, padded),
-        grid=(num_rows,),
-        out_shape=(like, like),
+    outputs = pl.pallas_call(
+        functools.partial(_rows_kernel, layout, problem, padded, like.shape[1]),
+        grid=(like.shape[0],),
+        out_shape=(like,) * (1 + len(problem.norms)),
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         name="all_reduce_norm_small",
-    )(parts, *others)
-    return total, normed
+    )(*arrays)
+    return tuple(outputs)
 
 
 def _rows_kernel(
     layout: InboxLayout,
-    eps: float,
+    problem: RowProblem,
     padded: int,
-    parts_ref: Any,
+    num_columns: int,
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
@@ -307,7 +331,7 @@ def _rows_kernel(
         parts = _exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref)
         return add_up(parts).astype(x.dtype)
 
-    add_row(eps, padded, over_gpus, parts_ref, *row_refs)
+    add_row(problem, padded, num_columns, over_gpus, *row_refs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -410,7 +434,8 @@ def _large_kernel(
             num_columns = out_ref.shape[1]  # a tile is some whole rows
             rows = jnp.reshape(total, (LARGE_TILE // num_columns, num_columns))
             weight = plt.load(weight_ref.at[jnp.arange(num_columns)])
-            normed = jnp.reshape(normalised(rows, weight[None, :], eps, num_columns), total.shape)
+            kind = NormKind("rms", eps, offset=0.0, has_weight=True, has_bias=False)
+            normed = normalised(rows, kind, [weight[None, :]], num_columns).reshape(total.shape)
             plt.store(_at(normed_ref, where), normed, mask=is_real)
 
     def one(number: jax.Array, nothing: None) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.error_function import gelu
 from jaxengine.pallas_kernels.gated_product_reference import ACTIVATIONS
 from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
@@ -63,6 +64,14 @@ GATED_CONFIGS = {
 }
 
 
+ACTIVATED_CONFIGS = (
+    FewRowsConfig(tile_in=64, num_stages=4),
+    FewRowsConfig(tile_out=16, tile_in=64),
+)
+# The error function is none of Triton's.
+KERNEL_ACTIVATIONS = {**ACTIVATIONS, "gelu": gelu}
+
+
 def split_product_triton(
     x: Float[Array, "T I"],
     weight: Float[Array, "O I"],
@@ -88,6 +97,7 @@ def split_product_triton(
 def gated_few_rows_triton(
     x: Float[Array, "T D"],
     weight: Float[Array, "2 F D"],
+    bias: Float[Array, "2 F"] | None = None,
     *,
     activation: str,
     config: FewRowsConfig | None = None,
@@ -98,23 +108,49 @@ def gated_few_rows_triton(
     Args:
         x: Rows.
         weight: Gate and up, [out, in] each.
+        bias: Of both; None for none.
         activation: A key of ``ACTIVATIONS``.
         config: Tile sizes; None takes the measured ones.
         interpret: Run on the CPU, in Pallas' interpreter.
 
     Raises:
         ValueError: If the configuration cuts the inner dimension: nobody would add up the parts.
-        NotImplementedError: If the dtype, a size or the activation is not served.
+        NotImplementedError: If the dtype or a size is not served.
     """
+    measured = GATED_CONFIGS[16 if x.shape[0] <= 16 else 32]
+    return _activated(x, weight, bias, activation, config, measured, interpret)
+
+
+def activated_few_rows_triton(
+    x: Float[Array, "T D"],
+    weight: Float[Array, "F D"],
+    bias: Float[Array, " F"] | None = None,
+    *,
+    activation: str,
+    config: FewRowsConfig | None = None,
+    interpret: bool = False,
+) -> Float[Array, "T F"]:
+    """Return ``activation(x W^T)``, computed in float32; as ``gated_few_rows_triton``."""
+    own_bias = None if bias is None else bias[None]
+    return _activated(x, weight[None], own_bias, activation, config, ACTIVATED_CONFIGS, interpret)
+
+
+def _activated(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    activation: str,
+    config: FewRowsConfig | None,
+    measured: Sequence[FewRowsConfig],
+    interpret: bool,
+) -> jax.Array:
     if config is not None and config.num_splits != 1:
         raise ValueError(
             f"num_splits is {config.num_splits}, but the activation needs whole sums: use 1"
         )
-    if activation == "gelu":  # the error function is none of Triton's
-        raise NotImplementedError(f"few rows in Triton: activation {activation}")
-    measured = GATED_CONFIGS[16 if x.shape[0] <= 16 else 32]
     config = _choose(x, weight.shape[1], measured if config is None else (config,))
-    return _launch_gated(config, activation, interpret, x, weight)
+    arrays = (x, weight) if bias is None else (x, weight, bias)
+    return _launch_activated(config, activation, interpret, *arrays)
 
 
 def _choose(x: jax.Array, num_out: int, configs: Sequence[FewRowsConfig]) -> FewRowsConfig:
@@ -147,21 +183,22 @@ def _launch_split(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _launch_gated(
+def _launch_activated(
     config: FewRowsConfig,
     activation: str,
     interpret: bool,
     x: jax.Array,
     weight: jax.Array,
+    *bias: jax.Array,
 ) -> jax.Array:
     return pl.pallas_call(
-        functools.partial(_gated_kernel, config, activation),
+        functools.partial(_activated_kernel, config, activation),
         grid=(weight.shape[1] // config.tile_out,),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype),
         compiler_params=_compiler_params(config),
         interpret=interpret,
-        name="gated_few_rows",
-    )(x, weight)
+        name="gated_few_rows" if weight.shape[0] == 2 else "activated_few_rows",
+    )(x, weight, *bias)
 
 
 def _compiler_params(config: FewRowsConfig) -> Any:
@@ -176,17 +213,22 @@ def _split_kernel(config: FewRowsConfig, x_ref: Any, weight_ref: Any, out_ref: A
     plt.store(out_ref.at[split, rows[:, None], outs[None, :]], product, mask=is_real[:, None])
 
 
-def _gated_kernel(
-    config: FewRowsConfig, activation: str, x_ref: Any, weight_ref: Any, out_ref: Any
+def _activated_kernel(
+    config: FewRowsConfig, activation: str, x_ref: Any, weight_ref: Any, *rest: Any
 ) -> None:
+    *bias_ref, out_ref = rest
     rows, is_real, outs = _rows_and_outs(config, x_ref)
-    weights = [
-        lambda k: weight_ref.at[0, outs[:, None], k],
-        lambda k: weight_ref.at[1, outs[:, None], k],
-    ]
-    gate, up = _multiply(config, x_ref, rows, is_real, weights, 0)
-    gated = (ACTIVATIONS[activation](gate) * up).astype(out_ref.dtype)
-    plt.store(out_ref.at[rows[:, None], outs[None, :]], gated, mask=is_real[:, None])
+    halves = range(weight_ref.shape[0])
+    weights = [lambda k, half=half: weight_ref.at[half, outs[:, None], k] for half in halves]
+    products = _multiply(config, x_ref, rows, is_real, weights, 0)
+    for ref in bias_ref:
+        biases = [plt.load(ref.at[half, outs]).astype(jnp.float32)[None, :] for half in halves]
+        products = tuple(p + bias for p, bias in zip(products, biases, strict=True))
+    activated = KERNEL_ACTIVATIONS[activation](products[0])
+    for up in products[1:]:
+        activated = activated * up
+    where = out_ref.at[rows[:, None], outs[None, :]]
+    plt.store(where, activated.astype(out_ref.dtype), mask=is_real[:, None])
 
 
 def _rows_and_outs(config: FewRowsConfig, x_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

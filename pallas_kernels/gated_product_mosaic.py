@@ -109,6 +109,7 @@ class _Refs(NamedTuple):
 def gated_product_mosaic(
     x: Float[Array, "T D"],
     weight: Float[Array, "2 F D"],
+    bias: Float[Array, "2 F"] | None = None,
     *,
     activation: str = "silu",
     config: GatedProductConfig | None = None,
@@ -119,6 +120,7 @@ def gated_product_mosaic(
     Args:
         x: Rows.
         weight: Gate and up.
+        bias: Only None.
         activation: Only "silu".
         config: Tile sizes and schedule; None for the default of the number of rows.
         interpret: ``plgpu.InterpretGPUParams`` to run on the CPU, slowly, for tests.
@@ -126,6 +128,8 @@ def gated_product_mosaic(
     Raises:
         NotImplementedError: For an activation, dtype, shape or jax version not served.
     """
+    if bias is not None:
+        raise NotImplementedError("gated product in Mosaic: a bias")
     config = config or default_config(x.shape[0])
     _check_supported(x, weight, activation, config)
     tiles_down, num_columns = x.shape[0] // (TILE_ROWS * config.cluster), weight.shape[1]

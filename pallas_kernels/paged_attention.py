@@ -6,13 +6,17 @@ that cannot serve a shape raises NotImplementedError, and the next one in the li
 serves everything.
 """
 
+import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxengine.pallas_kernels.backends import is_hopper, load_function
+from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float, Int
 
 # Modules are imported when first asked: a CPU run never pays for the Pallas GPU backends.
@@ -42,11 +46,11 @@ def paged_attention(
     query_start_loc: Int[Array, " B_plus_1"],
     num_decode_rows: Int[Array, ""] | int,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
+    options: AttentionOptions,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     decode_only: bool = False,
+    target: Target,
     implementation: str | None = None,
 ) -> Float[Array, "T N H"]:
     """Attend each query token to its row's keys in the cache, at or before its own position.
@@ -61,12 +65,13 @@ def paged_attention(
         seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
         query_start_loc: First token of each row, and the end of the last.
         num_decode_rows: Rows before it have one query token, and row r's is token r.
-        scale: Factor on q . k.
-        sliding_window: A query at position p sees keys in (p - sliding_window, p].
-        logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
+        options: How scores are made: scale, window, soft cap.
         alibi_slopes: slope[n] * (key position - query position) is added to the scores.
+        sinks: A score that each head has beside those of the keys, whose value is nothing: it takes
+            its share of the softmax (arXiv:2309.17453, learned as in gpt-oss). None for none.
         decode_only: Every row is a decode row or padding, T == B; ``query_start_loc`` and
             ``num_decode_rows`` are not read.
+        target: What the program is for.
         implementation: "reference", "xla", "triton" or "mosaic"; None takes the fastest one of
             the platform that serves the shape.
 
@@ -77,19 +82,18 @@ def paged_attention(
         ValueError: If shapes or dtypes disagree, or ``implementation`` is unknown.
         NotImplementedError: If the named ``implementation`` does not serve this shape.
     """
-    _check(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes)
-    _check_options(q, block_tables, sliding_window, logits_soft_cap, decode_only, implementation)
-    options: dict[str, Any] = {
-        "scale": scale,
-        "sliding_window": sliding_window,
-        "logits_soft_cap": logits_soft_cap,
-        "alibi_slopes": alibi_slopes,
-    }
+    _check(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks)
+    _check_options(q, block_tables, options, decode_only, implementation)
+    how: dict[str, Any] = {**dataclasses.asdict(options), "alibi_slopes": alibi_slopes}
+    if sinks is not None:
+        how["sinks"] = sinks
+    if implementation is None:
+        implementation = target.implementation
     if implementation == "reference":
         if decode_only:  # the tokens of padding rows see no key: their seq_len is 0
             query_start_loc = jnp.arange(q.shape[0] + 1)
         return paged_attention_reference(
-            q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, **options
+            q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, **how
         )
 
     # Decode rows are the first tokens, so there are no more of them than tokens.
@@ -99,15 +103,15 @@ def paged_attention(
         decode_lens = jnp.where(jnp.arange(seq_lens.shape[0]) < num_decode_rows, seq_lens, 0)
     decoded = _first_that_serves(
         DECODE_FUNCTIONS,
-        _order(implementation, GPU_DECODE_ORDER),
+        _order(implementation, GPU_DECODE_ORDER, target),
         (q[:rows], k_cache, v_cache, block_tables[:rows], decode_lens[:rows]),
-        options,
+        how,
     )
     if decode_only:
         return decoded
     ragged = _first_that_serves(
         RAGGED_FUNCTIONS,
-        _order(implementation, _gpu_ragged_order(q.shape[0])),
+        _order(implementation, _gpu_ragged_order(q.shape[0], target), target),
         (
             q,
             k_cache,
@@ -117,7 +121,7 @@ def paged_attention(
             query_start_loc,
             jnp.asarray(num_decode_rows, jnp.int32),
         ),
-        options,
+        how,
     )
     # A scatter, as XLA does it in place, which it does not do with where() or a sum of the two.
     # (The barrier keeps XLA from fusing the update into a kernel call, which fails for Mosaic.)
@@ -127,15 +131,15 @@ def paged_attention(
     return ragged.at[token].set(decoded, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
-def _order(implementation: str | None, gpu_order: Sequence[str]) -> Sequence[str]:
+def _order(implementation: str | None, gpu_order: Sequence[str], target: Target) -> Sequence[str]:
     if implementation is not None:
         return (implementation,)
-    return gpu_order if jax.default_backend() == "gpu" else ("xla",)
+    return gpu_order if target.is_gpu else ("xla",)
 
 
-def _gpu_ragged_order(num_tokens: int) -> Sequence[str]:
+def _gpu_ragged_order(num_tokens: int, target: Target) -> Sequence[str]:
     """Mosaic needs Hopper, and seconds of compilation that only long steps pay back."""
-    if num_tokens >= MOSAIC_MIN_TOKENS and is_hopper():
+    if num_tokens >= MOSAIC_MIN_TOKENS and target.is_hopper:
         return ("mosaic", "triton", "xla")
     return ("triton", "xla")
 
@@ -149,7 +153,10 @@ def _first_that_serves(
     refusals = []
     for name in order:
         try:
-            return load_function(functions[name])(*arrays, **options)
+            function = load_function(functions[name])
+            if "sinks" in options and "sinks" not in inspect.signature(function).parameters:
+                raise NotImplementedError("no sinks")
+            return function(*arrays, **options)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("; ".join(refusals))
@@ -163,6 +170,7 @@ def _check(
     seq_lens: jax.Array,
     query_start_loc: jax.Array,
     alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> None:
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"k_cache is {k_cache.shape} but v_cache is {v_cache.shape}")
@@ -182,16 +190,18 @@ def _check(
         )
     if alibi_slopes is not None and alibi_slopes.shape != (q.shape[1],):
         raise ValueError(f"alibi_slopes is {alibi_slopes.shape}, not one for {q.shape[1]} heads")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks is {sinks.shape}, not one for {q.shape[1]} heads")
 
 
 def _check_options(
     q: jax.Array,
     block_tables: jax.Array,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
+    options: AttentionOptions,
     decode_only: bool,
     implementation: str | None,
 ) -> None:
+    sliding_window, logits_soft_cap = options.sliding_window, options.logits_soft_cap
     if implementation not in (None, "reference", *DECODE_FUNCTIONS):
         known = ", ".join(("reference", *DECODE_FUNCTIONS))
         raise ValueError(f"implementation {implementation!r} is not one of {known}")

@@ -20,6 +20,7 @@ def paged_attention_reference(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Attend each query token to the keys of its row at or before its own position.
 
@@ -36,6 +37,7 @@ def paged_attention_reference(
         sliding_window: A query at position p sees keys in (p - sliding_window, p].
         logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
         alibi_slopes: slope[n] * (key position - query position) is added to the scores.
+        sinks: A score that each head has beside those of the keys, whose value is nothing.
 
     Returns:
         Attention output in q.dtype; 0 for tokens that belong to no row.
@@ -66,7 +68,13 @@ def paged_attention_reference(
             slopes = alibi_slopes.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
             scores += slopes * (key_positions - position)
         # where= keeps a token with no visible key at probability 0 instead of NaN.
-        probabilities = jax.nn.softmax(scores, axis=-1, where=visible)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
+            scores = jnp.concatenate([scores, sink], axis=-1)
+            probabilities = jax.nn.softmax(scores, axis=-1, where=jnp.append(visible, owned))
+            probabilities = probabilities[..., :-1]
+        else:
+            probabilities = jax.nn.softmax(scores, axis=-1, where=visible)
         values = jnp.where(visible[:, None], v.astype(jnp.float32), 0.0)
         return jnp.einsum("KGS,KSH->KGH", probabilities, values, precision="highest").reshape(N, H)
 

@@ -33,6 +33,7 @@ def paged_decode_xla(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row, the last of its sequence; rows of length 0 give 0.
 
@@ -40,7 +41,7 @@ def paged_decode_xla(
     longest row, and the groups' loops run beside each other.
     """
     B = q.shape[0]
-    slopes = _grouped_slopes(alibi_slopes, k_cache.shape[1])
+    slopes = _grouped(alibi_slopes, k_cache.shape[1])
 
     def attend(q: jax.Array, block_tables: jax.Array, seq_lens: jax.Array) -> jax.Array:
         return _decode_in_lockstep(
@@ -50,6 +51,7 @@ def paged_decode_xla(
             block_tables,
             seq_lens,
             slopes,
+            _grouped(sinks, k_cache.shape[1]),
             scale=scale,
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
@@ -72,6 +74,7 @@ def _decode_in_lockstep(
     block_tables: jax.Array,
     seq_lens: jax.Array,
     slopes: jax.Array | None,
+    sinks: jax.Array | None,
     *,
     scale: float,
     sliding_window: int | None,
@@ -111,11 +114,7 @@ def _decode_in_lockstep(
         weighted = (weights[..., None] * v[:, :, None]).sum(3)
         return acc * decay[..., None] + weighted, new_maximum, total * decay + weights.sum(-1)
 
-    start = (
-        jnp.zeros((B, K, G, H), jnp.float32),
-        jnp.full((B, K, G), MASKED, jnp.float32),
-        jnp.zeros((B, K, G), jnp.float32),
-    )
+    start = _started((B, K, G), H, None if sinks is None else sinks[..., 0])
     first_key = 0 if sliding_window is None else jnp.maximum(seq_lens.min() - sliding_window, 0)
     end_tile = (seq_lens.max() + tile_kv - 1) // tile_kv
     acc, _, total = lax.fori_loop(first_key // tile_kv, end_tile, reduce_tile, start)
@@ -137,6 +136,7 @@ def ragged_attention_xla(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "T N H"]:
     """Attention of the rows from ``num_decode_rows`` on; other tokens give 0."""
     T = q.shape[0]
@@ -166,6 +166,7 @@ def ragged_attention_xla(
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
             alibi_slopes=alibi_slopes,
+            sinks=sinks,
         )
     return out[:T]
 
@@ -186,6 +187,7 @@ def _attend_rows(
     sliding_window: int | None,
     logits_soft_cap: float | None,
     alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Fill in the rows of ``out`` that have query_lens > 0, one query tile after the other."""
     _, N, H = q.shape
@@ -193,7 +195,7 @@ def _attend_rows(
     G = N // K
     blocks_per_tile = max(1, tile_kv // block_size)
     tile_kv = blocks_per_tile * block_size
-    slopes = _grouped_slopes(alibi_slopes, K)
+    slopes = _grouped(alibi_slopes, K)
     slopes = None if slopes is None else slopes[..., None]
     num_tiles = (query_lens + tile_q - 1) // tile_q
     ends = jnp.cumsum(num_tiles)
@@ -227,11 +229,7 @@ def _attend_rows(
 
         first_key = 0 if sliding_window is None else first_position - sliding_window + 1
         last_key = jnp.minimum(first_position + tile_q, seq_lens[row])
-        start = (
-            jnp.zeros((K, G, tile_q, H), jnp.float32),
-            jnp.full((K, G, tile_q), MASKED, jnp.float32),
-            jnp.zeros((K, G, tile_q), jnp.float32),
-        )
+        start = _started((K, G, tile_q), H, _grouped(sinks, K))
         acc, _, total = lax.fori_loop(
             jnp.maximum(first_key, 0) // tile_kv,
             (last_key + tile_kv - 1) // tile_kv,
@@ -266,10 +264,17 @@ def _gather(cache: jax.Array, blocks: jax.Array) -> jax.Array:
     return tile.reshape(*blocks.shape[:-1], K, blocks.shape[-1] * block_size, H)
 
 
-def _grouped_slopes(alibi_slopes: jax.Array | None, K: int) -> jax.Array | None:
-    if alibi_slopes is None:
-        return None
-    return alibi_slopes.astype(jnp.float32).reshape(K, -1, 1)
+def _grouped(of_heads: jax.Array | None, K: int) -> jax.Array | None:
+    """A number a head, [N], by KV head: [K, G, 1]."""
+    return None if of_heads is None else of_heads.astype(jnp.float32).reshape(K, -1, 1)
+
+
+def _started(shape: tuple[int, ...], H: int, sinks: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Sum, maximum and total of a softmax that has met nothing yet, or the heads' sinks."""
+    acc = jnp.zeros((*shape, H), jnp.float32)
+    if sinks is None:
+        return acc, jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return acc, jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
 
 
 def _biased(

@@ -5,23 +5,26 @@ the Triton one is a single launch.
 """
 
 import jax
-from jaxengine.pallas_kernels.rope_kv_write_reference import HeadNorm, rope_kv_write_reference
+from jaxengine.pallas_kernels.operands import Addends, Norm
+from jaxengine.pallas_kernels.rope_kv_write_reference import CosSin, rope_kv_write_reference
 from jaxengine.pallas_kernels.rope_kv_write_triton import rope_kv_write_triton
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float, Int
 
-__all__ = ["HeadNorm", "rope_kv_write"]
+__all__ = ["CosSin", "rope_kv_write"]
 
 
 def rope_kv_write(
-    parts: Float[Array, "S T K G_plus_2 H"],
-    cos: Float[Array, "T R"],
-    sin: Float[Array, "T R"],
+    addends: Addends,
+    cos_sin: CosSin | None,
     slot_mapping: Int[Array, " T"],
     k_cache: Float[Array, "num_blocks K block_size H"],
     v_cache: Float[Array, "num_blocks K block_size H"],
     *,
-    norm: HeadNorm | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     dtype: jax.typing.DTypeLike,
+    target: Target,
     implementation: str | None = None,
 ) -> tuple[
     Float[Array, "T N H"],
@@ -31,16 +34,19 @@ def rope_kv_write(
     """Normalise and rotate queries and keys; store keys and values in the cache.
 
     Args:
-        parts: Of the projection, to be added up (``split_product``): per KV head its G queries,
-            then its key and its value.
-        cos: float32 cosines of the tokens' angles; the first 2R of H dimensions are rotated.
-        sin: The sines.
+        addends: The projection [S, T, K, G + 2, H] and its bias [K, G + 2, H]: per KV head its G
+            queries, then its key and its value.
+        cos_sin: float32 cosines and sines [T, R] of the tokens' angles; the first 2R of H
+            dimensions are rotated. None for no rotation.
         slot_mapping: block_id * block_size + offset of each token. Padding tokens point into
             block 0, which nobody reads.
         k_cache: Key cache of the layer. Donate it, or XLA copies it each step.
         v_cache: Value cache, likewise.
-        norm: Norms of each query and key head before the rotation; None for none.
-        dtype: What the sum of the parts is rounded to.
+        q_norm: Norm of each query head before the rotation, with a weight [H] for all heads or
+            one for each, [N, H]; None for none.
+        k_norm: Of each key head, [H] or [K, H].
+        dtype: What the sum is rounded to.
+        target: What the program is for.
         implementation: "reference", "triton", or None for the fastest that serves the shape.
 
     Returns:
@@ -50,16 +56,13 @@ def rope_kv_write(
         ValueError: If ``implementation`` is unknown.
         NotImplementedError: If "triton" was asked for and does not serve the shape.
     """
-    arrays = (parts, cos, sin, slot_mapping, k_cache, v_cache)
-    if implementation == "reference":
-        return rope_kv_write_reference(*arrays, norm=norm, dtype=dtype)
-    if implementation == "triton":
-        return rope_kv_write_triton(*arrays, norm=norm, dtype=dtype)
-    if implementation is not None:
+    if implementation not in (None, "reference", "triton"):
         raise ValueError(f"implementation {implementation!r} is not one of reference, triton")
-    if jax.default_backend() == "gpu":
+    arrays = (addends, cos_sin, slot_mapping, k_cache, v_cache)
+    if implementation == "triton" or (implementation is None and target.is_gpu):
         try:
-            return rope_kv_write_triton(*arrays, norm=norm, dtype=dtype)
+            return rope_kv_write_triton(*arrays, q_norm=q_norm, k_norm=k_norm, dtype=dtype)
         except NotImplementedError:
-            pass
-    return rope_kv_write_reference(*arrays, norm=norm, dtype=dtype)
+            if implementation is not None:
+                raise
+    return rope_kv_write_reference(*arrays, q_norm=q_norm, k_norm=k_norm, dtype=dtype)

@@ -3,49 +3,49 @@
 XLA fuses it into the neighbouring products; where the caches are donated the writes are in place.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxengine.pallas_kernels.residual_norm_reference import rms_norm, sum_parts
+from jaxengine.pallas_kernels.operands import Addends, Norm
+from jaxengine.pallas_kernels.residual_norm_reference import normalise, sum_addends
 from jaxtyping import Array, Float, Int
 
-
-class HeadNorm(NamedTuple):
-    """Root-mean-square norms over the head dimension (Qwen 3).
-
-    Attributes:
-        q_weight: [H] for queries.
-        k_weight: [H] for keys.
-        eps: Added to the mean square.
-    """
-
-    q_weight: jax.Array
-    k_weight: jax.Array
-    eps: float
+CosSin = tuple[Float[Array, "T R"], Float[Array, "T R"]]
 
 
 def rope_kv_write_reference(
-    parts: Float[Array, "S T K G_plus_2 H"],
-    cos: Float[Array, "T R"],
-    sin: Float[Array, "T R"],
+    addends: Addends,
+    cos_sin: CosSin | None,
     slot_mapping: Int[Array, " T"],
     k_cache: Float[Array, "num_blocks K block_size H"],
     v_cache: Float[Array, "num_blocks K block_size H"],
     *,
-    norm: HeadNorm | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As ``rope_kv_write``."""
-    qkv = sum_parts(parts, dtype)
+    qkv = sum_addends(addends, dtype)
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    if norm is not None:
-        q = rms_norm(q, norm.q_weight, norm.eps)
-        k = rms_norm(k, norm.k_weight, norm.eps)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if q_norm is not None:
+        q = normalise(q, _by_head(q_norm, q.shape[1:]))
+    if k_norm is not None:
+        k = normalise(k, _by_head(k_norm, k.shape[1:]))
+    if cos_sin is not None:
+        q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
     k_cache = _write(k_cache, k, slot_mapping)
     v_cache = _write(v_cache, v, slot_mapping)
     return q.reshape(q.shape[0], -1, q.shape[-1]), k_cache, v_cache
+
+
+def _by_head(norm: Norm, shape: tuple[int, ...]) -> Norm:
+    """The norm with weights of heads [N, H] seen as the heads are, [K, G, H]."""
+
+    def seen(array: jax.Array | None) -> jax.Array | None:
+        return array if array is None or array.ndim == 1 else array.reshape(shape)
+
+    return dataclasses.replace(norm, weight=seen(norm.weight), bias=seen(norm.bias))
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

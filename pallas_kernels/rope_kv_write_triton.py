@@ -1,11 +1,13 @@
 """Head norms, rotary embedding and KV-cache write in one Pallas Triton kernel.
 
 Grid (K, T): a program takes one KV head of one token: its G queries, its key and its value. The
-caches are updated in place (aliased). Rounding is that of the reference, step by step.
-Limits: bfloat16 or float16; the whole head is rotated; else NotImplementedError.
+caches are updated in place (aliased). A head lies in up to three pieces, both halves that are
+rotated and what is not. Rounding is that of the reference, step by step.
+Limits: bfloat16 or float16, one product; else NotImplementedError.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,64 +15,94 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxengine.pallas_kernels.residual_norm_triton import add_up
-from jaxengine.pallas_kernels.rope_kv_write_reference import HeadNorm
+from jaxengine.pallas_kernels.operands import Addends, Norm
+from jaxengine.pallas_kernels.residual_norm_triton import NormKind, add_up
+from jaxengine.pallas_kernels.rope_kv_write_reference import CosSin
 from jaxtyping import Array, Float, Int
+
+
+class _HeadNorm(NamedTuple):
+    """What is fixed of a head norm: its kind, and whether heads have weights of their own."""
+
+    kind: NormKind
+    is_by_head: bool
 
 
 class _Problem(NamedTuple):
     """What is fixed at compile time."""
 
     group: int
-    half: int  # H / 2
+    head_dim: int
+    half: int  # of what is rotated; 0 for nothing
     block_size: int
-    eps: float | None  # of the head norms; None for none
+    has_bias: bool
+    q_norm: _HeadNorm | None
+    k_norm: _HeadNorm | None
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """First column and width of the pieces of a head."""
+        pieces = [(0, self.half), (self.half, self.half)] if self.half else []
+        tail = self.head_dim - 2 * self.half
+        return [*pieces, (2 * self.half, tail)] if tail else pieces
 
 
 def rope_kv_write_triton(
-    parts: Float[Array, "S T K G_plus_2 H"],
-    cos: Float[Array, "T R"],
-    sin: Float[Array, "T R"],
+    addends: Addends,
+    cos_sin: CosSin | None,
     slot_mapping: Int[Array, " T"],
     k_cache: Float[Array, "num_blocks K block_size H"],
     v_cache: Float[Array, "num_blocks K block_size H"],
     *,
-    norm: HeadNorm | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     dtype: jax.typing.DTypeLike,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As ``rope_kv_write``.
 
     Raises:
-        NotImplementedError: If the dtype is not of 16 bits, the cache's differs, or only a part
-            of the head is rotated.
+        NotImplementedError: If the dtype is not of 16 bits, the cache's differs, or there are
+            several products.
     """
-    head_dim = parts.shape[4]
     if dtype not in (jnp.bfloat16, jnp.float16) or k_cache.dtype != dtype:
         raise NotImplementedError(f"dtypes {dtype} and {k_cache.dtype}: not one 16-bit type")
-    if 2 * cos.shape[1] != head_dim:
-        raise NotImplementedError(f"{2 * cos.shape[1]} of {head_dim} dimensions are rotated")
+    if len(addends.arrays) != 1:
+        raise NotImplementedError(f"{len(addends.arrays)} products: one is served")
+    (parts,) = addends.arrays
     problem = _Problem(
         group=parts.shape[3] - 2,
-        half=head_dim // 2,
+        head_dim=parts.shape[4],
+        half=0 if cos_sin is None else cos_sin[0].shape[1],
         block_size=k_cache.shape[2],
-        eps=None if norm is None else norm.eps,
+        has_bias=addends.bias is not None,
+        q_norm=_head_norm(q_norm),
+        k_norm=_head_norm(k_norm),
     )
-    weights = () if norm is None else (norm.q_weight, norm.k_weight)
-    return _launch(problem, interpret, parts, cos, sin, slot_mapping, k_cache, v_cache, *weights)
+    optional = (
+        *(cos_sin or ()),
+        *(array for norm in (q_norm, k_norm) if norm for array in (norm.weight, norm.bias)),
+        addends.bias,
+    )
+    others = (array for array in optional if array is not None)
+    return _launch(problem, interpret, slot_mapping, k_cache, v_cache, parts, *others)
+
+
+def _head_norm(norm: Norm | None) -> _HeadNorm | None:
+    if norm is None:
+        return None
+    return _HeadNorm(NormKind.of(norm), norm.weight is not None and norm.weight.ndim > 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # jitted: lowered once for all layers
 def _launch(
     problem: _Problem,
     interpret: bool,
-    parts: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
     slot_mapping: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
-    *weights: jax.Array,
+    parts: jax.Array,
+    *others: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     _, T, K, _, H = parts.shape
     queries = jax.ShapeDtypeStruct((T, K * problem.group, H), k_cache.dtype)
@@ -79,74 +111,140 @@ def _launch(
         functools.partial(_kernel, problem),
         grid=(K, T),
         out_shape=(queries, *caches),
-        input_output_aliases={4: 1, 5: 2},
+        input_output_aliases={1: 1, 2: 2},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="rope_kv_write",
-    )(parts, cos, sin, slot_mapping, k_cache, v_cache, *weights)
+    )(slot_mapping, k_cache, v_cache, parts, *others)
     return outputs[0], outputs[1], outputs[2]
 
 
 def _kernel(
     problem: _Problem,
-    parts_ref: Any,
-    cos_ref: Any,
-    sin_ref: Any,
     slot_ref: Any,
     _k_cache_ref: Any,
     _v_cache_ref: Any,
+    parts_ref: Any,
     *rest: Any,
 ) -> None:
-    *weight_refs, q_out_ref, k_out_ref, v_out_ref = rest
+    *input_refs, q_out_ref, k_out_ref, v_out_ref = rest
+    inputs = iter(input_refs)
+    cos_sin_refs = [next(inputs) for _ in range(2 * (problem.half > 0))]
+    q_norm_refs, k_norm_refs = (
+        [next(inputs) for _ in range(0 if norm is None else norm.kind.num_arrays)]
+        for norm in (problem.q_norm, problem.k_norm)
+    )
+    bias_ref = next(inputs) if problem.has_bias else None
+
     head, token = pl.program_id(0), pl.program_id(1)
-    group, half = problem.group, problem.half
-    columns = jnp.arange(pl.next_power_of_2(half))
-    is_real = columns < half
+    group = problem.group
     rows = jnp.arange(pl.next_power_of_2(group))
-    is_query = (rows < group)[:, None] & is_real[None, :]
-    cos = plt.load(cos_ref.at[token, columns], mask=is_real, other=0.0)
-    sin = plt.load(sin_ref.at[token, columns], mask=is_real, other=0.0)
+    heads = head * group + rows
+    columns = [jnp.arange(pl.next_power_of_2(width)) for _, width in problem.pieces]
+    is_real = [c < width for c, (_, width) in zip(columns, problem.pieces, strict=True)]
+    targets = [c + first for c, (first, _) in zip(columns, problem.pieces, strict=True)]
+    is_query = [(rows < group)[:, None] & mask[None, :] for mask in is_real]
+    cos_sin = [
+        plt.load(ref.at[token, columns[0]], mask=is_real[0], other=0.0) for ref in cos_sin_refs
+    ]
 
     def load(row: Any, columns: jax.Array, mask: jax.Array) -> jax.Array:
         parts = [
             plt.load(parts_ref.at[part, token, head, row, columns], mask=mask, other=0.0)
             for part in range(parts_ref.shape[0])
         ]
+        if bias_ref is not None:
+            parts.append(plt.load(bias_ref.at[head, row, columns], mask=mask, other=0.0))
         return add_up(parts).astype(q_out_ref.dtype)
 
-    def load_row(row: int, offset: int) -> jax.Array:
-        return load(row, columns + offset, is_real)
+    def load_row(row: int) -> list[jax.Array]:
+        return [load(row, t, mask) for t, mask in zip(targets, is_real, strict=True)]
 
-    def load_queries(offset: int) -> jax.Array:
-        return load(rows[:, None], (columns + offset)[None, :], is_query)
+    def load_queries() -> list[jax.Array]:
+        return [
+            load(rows[:, None], t[None, :], mask) for t, mask in zip(targets, is_query, strict=True)
+        ]
 
-    def normalised(first: jax.Array, second: jax.Array, weight: int) -> tuple[jax.Array, jax.Array]:
-        if problem.eps is None:
-            return first, second
-        dtype = first.dtype
-        first32, second32 = first.astype(jnp.float32), second.astype(jnp.float32)
-        squares = jnp.sum(first32 * first32 + second32 * second32, axis=-1, keepdims=True)
-        scale = lax.rsqrt(squares / (2 * half) + problem.eps)
-        ref = weight_refs[weight]
-        low = plt.load(ref.at[columns], mask=is_real, other=0.0)
-        high = plt.load(ref.at[columns + half], mask=is_real, other=0.0)
-        return (first32 * scale).astype(dtype) * low, (second32 * scale).astype(dtype) * high
+    def load_norm(norm: _HeadNorm | None, refs: list[Any], row: Any) -> list[list[jax.Array]]:
+        """Arrays of a norm, each in pieces."""
+        if norm is None:
+            return []
+        if not norm.is_by_head:
+            places = [[ref.at[t] for t in targets] for ref in refs]
+            masks = is_real
+        elif row is rows:
+            places = [[ref.at[heads[:, None], t[None, :]] for t in targets] for ref in refs]
+            masks = is_query
+        else:
+            places = [[ref.at[head, t] for t in targets] for ref in refs]
+            masks = is_real
+        return [
+            [plt.load(p, mask=mask, other=0.0) for p, mask in zip(own, masks, strict=True)]
+            for own in places
+        ]
 
-    def rotated(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dtype = first.dtype
-        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    def rotated(pieces: list[jax.Array]) -> list[jax.Array]:
+        if not problem.half:
+            return pieces
+        dtype, (cos, sin) = pieces[0].dtype, cos_sin
+        first, second = (piece.astype(jnp.float32) for piece in pieces[:2])
         low, high = first * cos - second * sin, second * cos + first * sin
-        return low.astype(dtype), high.astype(dtype)
+        return [low.astype(dtype), high.astype(dtype), *pieces[2:]]
 
-    queries = rotated(*normalised(load_queries(0), load_queries(half), 0))
-    heads = head * group + rows
+    def normed(pieces: list[jax.Array], norm: _HeadNorm | None, arrays: Any) -> list[jax.Array]:
+        if norm is None:
+            return pieces
+        return _normalised(pieces, norm.kind, arrays, problem.head_dim, is_real)
+
+    q_arrays = load_norm(problem.q_norm, q_norm_refs, rows)
+    k_arrays = load_norm(problem.k_norm, k_norm_refs, head)
+    queries = rotated(normed(load_queries(), problem.q_norm, q_arrays))
     slot = slot_ref[token]
     block, offset = lax.div(slot, problem.block_size), lax.rem(slot, problem.block_size)
-    key = rotated(*normalised(load_row(group, 0), load_row(group, half), 1))
-    value = load_row(group + 1, 0), load_row(group + 1, half)
-    for part in (0, 1):
-        target = columns + part * half
+    key = rotated(normed(load_row(group), problem.k_norm, k_arrays))
+    value = load_row(group + 1)
+    for piece, target in enumerate(targets):
         where = q_out_ref.at[token, heads[:, None], target[None, :]]
-        plt.store(where, queries[part], mask=is_query)
-        plt.store(k_out_ref.at[block, head, offset, target], key[part], mask=is_real)
-        plt.store(v_out_ref.at[block, head, offset, target], value[part], mask=is_real)
+        plt.store(where, queries[piece], mask=is_query[piece])
+        plt.store(k_out_ref.at[block, head, offset, target], key[piece], mask=is_real[piece])
+        plt.store(v_out_ref.at[block, head, offset, target], value[piece], mask=is_real[piece])
+
+
+def _normalised(
+    pieces: Sequence[jax.Array],
+    kind: NormKind,
+    arrays: Sequence[Sequence[jax.Array]],
+    num_columns: int,
+    is_real: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Norm over the pieces of a head together, with the reference's rounding."""
+
+    def total(values: Sequence[jax.Array]) -> jax.Array:
+        # Halves of one size are added first: one reduction over the threads, not two.
+        if len(values) > 1 and values[0].shape == values[1].shape:
+            values = [values[0] + values[1], *values[2:]]
+        sums = [jnp.sum(value, axis=-1, keepdims=True) for value in values]
+        return functools.reduce(jnp.add, sums)
+
+    dtype = pieces[0].dtype
+    wide = [piece.astype(jnp.float32) for piece in pieces]
+    if kind.kind == "layer":
+        mean = total(wide) / num_columns
+        wide = [jnp.where(mask, p - mean, 0.0) for p, mask in zip(wide, is_real, strict=True)]
+    scale = lax.rsqrt(total([piece * piece for piece in wide]) / num_columns + kind.eps)
+    operands = iter(arrays)
+    weights = next(operands) if kind.has_weight else None
+    biases = next(operands) if kind.has_bias else None
+    out = []
+    for number, piece in enumerate(wide):
+        normed = piece * scale
+        if kind.kind == "rms" and kind.offset == 0 and biases is None:
+            normed = normed.astype(dtype)
+            out.append(normed if weights is None else normed * weights[number])
+            continue
+        if weights is not None:
+            normed = normed * (kind.offset + weights[number].astype(jnp.float32))
+        if biases is not None:
+            normed = normed + biases[number].astype(jnp.float32)
+        out.append(normed.astype(dtype))
+    return out

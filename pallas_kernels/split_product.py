@@ -5,9 +5,9 @@ would be a kernel of its own; the ops that take its result anyway add them up on
 ``residual_norm`` and ``rope_kv_write``.
 """
 
-import jax
 from jaxengine.pallas_kernels.backends import load_function
 from jaxengine.pallas_kernels.split_product_reference import project, split_product_reference
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float
 
 __all__ = ["project", "split_product"]
@@ -19,6 +19,7 @@ def split_product(
     x: Float[Array, "T I"],
     weight: Float[Array, "O I"],
     *,
+    target: Target,
     implementation: str | None = None,
 ) -> Float[Array, "S T O"]:
     """Return ``x W^T`` in parts: several in float32, or one in x's dtype.
@@ -28,6 +29,7 @@ def split_product(
     Args:
         x: Rows.
         weight: [out, in].
+        target: What the program is for.
         implementation: "reference", "triton", or None for the fastest that serves the shape.
 
     Raises:
@@ -40,7 +42,7 @@ def split_product(
         raise ValueError(
             f"x is {x.dtype}{list(x.shape)} but weight is {weight.dtype}{list(weight.shape)}"
         )
-    if implementation == "triton" or (implementation is None and jax.default_backend() == "gpu"):
+    if implementation == "triton" or (implementation is None and target.is_gpu):
         try:
             return load_function(TRITON)(x, weight)
         except NotImplementedError:

@@ -14,19 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import InputBatch
-from jaxengine.config import ModelConfig
 from jaxengine.engine.device.kv_cache import CACHE_SPEC, KVCacheSpec
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduling.block_pool import BlockPool
 from jaxengine.engine.scheduling.scheduler import Scheduler
 from jaxengine.llm import LLM
-from jaxengine.models.decoder import ModelOptions
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.sharding import LOGITS_SPEC, make_mesh
+from jaxengine.sharding import LOGITS_SPEC, held_kv_heads, make_mesh
 from jaxengine.weights import load_params, merge_params, open_model, param_specs
 
 TINY = {
@@ -43,6 +44,9 @@ TINY = {
 }
 
 
+_MODEL_CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+
+
 def save_tiny_model(directory: Path, family: str, seed: int = 0, **overrides: Any) -> Any:
     """Save a random HF model of a family ("Llama", "Qwen3", ...) in float32; return it.
 
@@ -53,11 +57,15 @@ def save_tiny_model(directory: Path, family: str, seed: int = 0, **overrides: An
 
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**{**TINY, **overrides})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    name = _MODEL_CLASSES.get(family, f"{family}ForCausalLM")
+    # Eager attention is the one with soft caps; with ALiBi it adds Falcon's biases twice.
+    attention = "eager" if "softcapping" in str(config.to_dict()) else "sdpa"
+    model = getattr(transformers, name)._from_config(config, attn_implementation=attention)
+    model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                offset = 1.0 if "norm" in name else 0.0
+                offset = 1.0 if "norm" in name or "ln_" in name else 0.0
                 parameter.copy_(offset + 0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
@@ -79,25 +87,31 @@ def our_logits(
     """Logits [T, V] of our model, as one prefill of a single row."""
     checkpoint = open_model(source)
     config = ModelConfig.from_hf(checkpoint.hf_config, "float32")
-    options = ModelOptions(
-        num_kv_heads=max(config.num_kv_heads, num_shards), max_model_len=max_model_len
-    )
+    mesh = make_mesh(jax.devices()[:num_shards])
+    target = Target.of(mesh.devices.flat[0])
+    options = ModelOptions(max_model_len=max_model_len, target=target, num_shards=num_shards)
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
-    mesh = make_mesh(jax.devices()[:num_shards])
     params = load_params(checkpoint, specs, mesh, show_progress=False)
-    cache_spec = KVCacheSpec(
-        config.num_layers, options.num_kv_heads, config.head_dim, 16, config.dtype
-    )
     num_blocks = -(-len(token_ids) // 16)
-    caches = cache_spec.allocate(num_blocks + 1, mesh)
+    caches = [
+        KVCacheSpec(
+            1,
+            held_kv_heads(attention.num_kv_heads, num_shards),
+            attention.head_dim,
+            16,
+            config.dtype,
+        ).allocate(num_blocks + 1, mesh)[0]
+        for attention in (layer.attention for layer in config.spec.layers)
+        if attention is not None
+    ]
 
     def all_logits(params: dict, caches: list, batch: InputBatch) -> jax.Array:
         model = merge_params(definition, params)
         hidden, _ = model(batch, caches)
         return model.compute_logits(hidden)
 
-    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * config.num_layers
+    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(caches)
     sharded = jax.shard_map(
         all_logits,
         mesh=mesh,

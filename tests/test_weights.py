@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxengine.convert import Family, families
+from jaxengine.pallas_kernels.target import Target
 
 from jaxengine import convert
-from jaxengine.config import ModelConfig
-from jaxengine.models.decoder import ModelOptions
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import make_mesh
 from jaxengine.weights import (
@@ -59,7 +61,7 @@ def specs_of(
     source: Path, dtype: str = "float32", **chosen: Any
 ) -> tuple[Any, dict[str, ParamSpec]]:
     config = ModelConfig.from_hf(open_model(source).hf_config, dtype)
-    options = ModelOptions(num_kv_heads=config.num_kv_heads, max_model_len=64, **chosen)
+    options = ModelOptions(max_model_len=64, target=Target.of(jax.devices()[0]), **chosen)
     factory = ModelRegistry.resolve(config.architecture)
     return param_specs(lambda: factory(config, options))
 
@@ -221,21 +223,18 @@ def test_a_model_put_together_again_is_the_one_taken_apart(sources: dict[str, Pa
 @pytest.fixture
 def outside_architecture() -> Iterator[str]:
     yield "OutsideForCausalLM"
-    ModelRegistry._models.pop("OutsideForCausalLM", None)
+    families._families.pop("OutsideForCausalLM", None)
 
 
 def test_an_outside_package_can_register_a_model_and_its_rules(
     sources: dict[str, Path], model: Any, outside_architecture: str
 ) -> None:
-    from jaxengine.convert.llama import rules
-
-    from jaxengine.models.llama import LlamaForCausalLM
-
     overrides = {"architectures": [outside_architecture]}
     source = sources["safetensors"]
     with pytest.raises(ValueError, match=outside_architecture):
         make_llm(source, hf_overrides=overrides, skip_tokenizer_init=True)
-    ModelRegistry.register_model(outside_architecture, LlamaForCausalLM, rules)
+    llama = families.family_of({"architectures": ["LlamaForCausalLM"]})
+    ModelRegistry.register_model(Family((outside_architecture,), llama.spec, llama.table))
     llm = make_llm(source, hf_overrides=overrides, skip_tokenizer_init=True)
     (tokens,) = output_ids(llm.generate([PROMPT], greedy(3), use_tqdm=False))
     assert tokens == hf_greedy(model, PROMPT, 3)

@@ -94,7 +94,7 @@ def run_follower(config: EngineConfig) -> None:
         )
     check_not_started()
     prepare_process(config)
-    checkpoint = open_model(config.model, config.load_format, config.revision)
+    checkpoint = open_model(config.model, config.load_format, config.revision, config.hf_overrides)
     facts = collect_facts(config, checkpoint.hf_config)
     link = LeaderLink(join_leader(config, facts, cluster_key()))
     try:

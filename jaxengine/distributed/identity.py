@@ -39,8 +39,7 @@ def collect_facts(config: EngineConfig, hf_config: Mapping[str, Any]) -> Facts:
     for field in dataclasses.fields(config):
         if field.name not in OWN_FIELDS:
             facts[field.name] = getattr(config, field.name)
-    merged = {**hf_config, **config.hf_overrides}
-    facts.update({f"the model's {name}": value for name, value in merged.items()})
+    facts.update({f"the model's {name}": value for name, value in hf_config.items()})
     return json.loads(json.dumps(facts, default=str))
 
 

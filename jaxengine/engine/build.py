@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import EngineConfig
 from jaxengine.engine.device.buckets import Buckets
 from jaxengine.engine.device.kv_cache import KVCacheSpec
 from jaxengine.engine.device.model_runner import ModelRunner, RunnerHooks
@@ -23,10 +23,12 @@ from jaxengine.engine.memory_plan import plan_memory
 from jaxengine.engine.scheduling.block_pool import BlockPool
 from jaxengine.engine.scheduling.scheduler import Scheduler
 from jaxengine.engine.start_report import Startup
-from jaxengine.models.decoder import ModelOptions
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.pallas_kernels.peers import inbox_layout
-from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
+from jaxengine.pallas_kernels.target import Target
+from jaxengine.sharding import check_tensor_parallel_size, held_kv_heads, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
 
 
@@ -142,9 +144,7 @@ def read_model_config(
     On a CPU it is float32, the fastest type there; on a GPU a 16-bit checkpoint is served as it is
     stored, and any other (float32, GGUF) in bfloat16.
     """
-    hf = {**checkpoint.hf_config, **config.hf_overrides}
-    check_hf_config(hf)
-    dtype = config.dtype
+    hf, dtype = checkpoint.hf_config, config.dtype
     stored = str(hf.get("dtype") or hf.get("torch_dtype") or "").removeprefix("torch.")
     if dtype == "auto" and device.platform == "cpu":
         dtype = "float32"
@@ -159,16 +159,6 @@ def check_hf_config(hf: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it cannot be served.
     """
-    if not hf.get("architectures"):
-        raise ValueError("config.json names no architecture: add an 'architectures' list to it")
-    ModelRegistry.resolve(hf["architectures"][0])
-    quantised = hf.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ValueError(
-            f"the weights are quantised with {method!r}, which is not supported yet: use the model "
-            "with plain weights (float32, float16 or bfloat16), or a GGUF file of it"
-        )
     ModelConfig.from_hf(hf)
 
 
@@ -218,9 +208,10 @@ def _build_stage(
     max_in_flight: int,
 ) -> Stage:
     options = ModelOptions(
-        num_kv_heads=max(model.num_kv_heads, mesh.size),
         max_model_len=limits.max_model_len,
+        target=Target.of(mesh.devices.flat[0]),
         layers=layers,
+        num_shards=mesh.size,
         attention_backend=config.attention_backend,
         input_major=mesh.devices.flat[0].platform == "cpu",
     )
@@ -236,7 +227,7 @@ def _build_stage(
     )
     cache_spec = KVCacheSpec(
         num_layers=len(layers),
-        num_kv_heads=options.num_kv_heads,
+        num_kv_heads=held_kv_heads(model.num_kv_heads, mesh.size),
         head_dim=model.head_dim,
         block_size=config.block_size,
         dtype=model.dtype,

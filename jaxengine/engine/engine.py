@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxengine.config import ModelConfig
 from jaxengine.engine.device.model_runner import ModelRunner, PendingStep
 from jaxengine.engine.scheduling.request import FinishReason, Request, token_id_outside
 from jaxengine.engine.scheduling.scheduler import Scheduler
@@ -23,6 +22,7 @@ from jaxengine.engine.scheduling.scheduler_output import (
     SchedulerStats,
 )
 from jaxengine.engine.token_masks import TokenMasks
+from jaxengine.model_config import ModelConfig
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import EngineConfig
+from jaxengine.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device)
         ValueError: If ``max_model_len`` is more than the model was made for.
     """
     max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings and model.rope.rope_type == "default":
+    if max_model_len > model.max_position_embeddings:
+        can_scale = model.rope is not None and model.rope.rope_type == "default"
+        remedy = ", or set rope_scaling with --hf-overrides" if can_scale else ""
         raise ValueError(
-            f"max_model_len {max_model_len} is more than the model's max_position_embeddings "
-            f"{model.max_position_embeddings}: lower it, or set rope_scaling with --hf-overrides"
+            f"max_model_len {max_model_len} is more than the {model.max_position_embeddings} "
+            f"positions that the model was made for: lower it{remedy}"
         )
     is_cpu = device.platform == "cpu"
     is_hopper = any(name in device.device_kind for name in ("H100", "H200", "B200", "GH200"))

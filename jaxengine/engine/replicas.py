@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import EngineConfig
 from jaxengine.engine.build import build_engine
 from jaxengine.engine.device.model_runner import RunnerHooks
 from jaxengine.engine.engine import Engine, StepResult
@@ -20,6 +20,7 @@ from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.scheduling.request import Request
 from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
 from jaxengine.engine.start_report import Startup
+from jaxengine.model_config import ModelConfig
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.weights import Checkpoint

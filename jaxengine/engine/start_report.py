@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Mapping
 
 from jaxengine.batch import StepShape
-from jaxengine.config import ModelConfig
 from jaxengine.engine.device import memory
+from jaxengine.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,102 +4,115 @@ Keys and values of the step are written first; attention then reads only the cac
 prefill, prefix caching and decode are one case.
 """
 
-import dataclasses
-import math
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
+from jaxengine.convert.model_spec import AttentionSpec
 from jaxengine.layers.linear import Linear
-from jaxengine.layers.norm import RMSNorm
+from jaxengine.layers.norm import Norm
+from jaxengine.layers.parameter import parameter
+from jaxengine.layers.whole_norm import normalise_over_heads
+from jaxengine.pallas_kernels.operands import Addends, AttentionOptions
+from jaxengine.pallas_kernels.operands import Norm as NormOperand
 from jaxengine.pallas_kernels.paged_attention import paged_attention
-from jaxengine.pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
-from jaxengine.sharding import TENSOR_AXIS
+from jaxengine.pallas_kernels.residual_norm import sum_addends
+from jaxengine.pallas_kernels.rope_kv_write import rope_kv_write
+from jaxengine.pallas_kernels.target import Target
+from jaxengine.sharding import TENSOR_AXIS, held_kv_heads
 
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """What differs between families.
-
-    Attributes:
-        sliding_window: Tokens that a query sees, its own included; None for all.
-        implementation: Kernel to use; None for the best one.
-        input_major: How weights lie in memory, see ``Linear``.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm_eps: float | None = None
-    sliding_window: int | None = None
-    logits_soft_cap: float | None = None
-    implementation: str | None = None
-    input_major: bool = False
+CosSin = tuple[Float[Array, "T R"], Float[Array, "T R"]]
+KVPair = tuple[Array, Array]
 
 
 class Attention(nnx.Module):
     """Attention with one fused weight for queries, keys and values.
 
     The fused weight is grouped by KV head, [K, G + 2, H, D] with the G query heads of the group,
-    then its key and its value: cutting axis K gives every shard whole groups.
+    then its key and its value: cutting axis K gives every shard whole groups. With more shards
+    than KV heads each is held several times, with its share of the queries.
 
-    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D]: the
-    parts of it that are yet to be added up, over the shards too.
+    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D]:
+    what is yet to be added up, over the shards too.
+
+    Args:
+        hidden_size: D.
+        spec: What is computed.
+        dtype: Type of weights and activations.
+        num_shards: Devices that share the heads.
+        target: What the ops run on.
+        implementation: Of ``paged_attention``; None for the fastest.
+        input_major: How weights lie in memory, see ``Linear``.
     """
 
-    def __init__(self, spec: AttentionSpec, *, dtype: Any) -> None:
-        self.spec = spec
-        group = spec.num_heads // spec.num_kv_heads
-        self.qkv_proj = Linear(
-            (spec.num_kv_heads, group + 2, spec.head_dim),
-            (spec.hidden_size,),
+    num_sums = 1  # over the shards
+
+    def __init__(
+        self,
+        hidden_size: int,
+        spec: AttentionSpec,
+        *,
+        dtype: Any,
+        num_shards: int,
+        target: Target,
+        implementation: str | None = None,
+        input_major: bool = False,
+    ) -> None:
+        self.spec, self.target, self.implementation = spec, target, implementation
+        K = held_kv_heads(spec.num_kv_heads, num_shards)
+        N, H = spec.num_heads, spec.head_dim
+        linear = functools.partial(Linear, dtype=dtype, target=target, input_major=input_major)
+        self.qkv_proj = linear(
+            (K, N // K + 2, H),
+            (hidden_size,),
             spec=P(TENSOR_AXIS, None, None, None),
-            dtype=dtype,
             use_bias=spec.qkv_bias,
-            input_major=spec.input_major,
+            num_kv_heads=spec.num_kv_heads,
         )
-        self.o_proj = Linear(
-            (spec.hidden_size,),
-            (spec.num_heads, spec.head_dim),
+        self.o_proj = linear(
+            (hidden_size,),
+            (N, H),
             spec=P(None, TENSOR_AXIS, None),
-            dtype=dtype,
             use_bias=spec.out_bias,
-            input_major=spec.input_major,
         )
-        eps = spec.qk_norm_eps
-        self.q_norm = None if eps is None else RMSNorm(spec.head_dim, eps=eps, dtype=dtype)
-        self.k_norm = None if eps is None else RMSNorm(spec.head_dim, eps=eps, dtype=dtype)
+        self.sinks = parameter((N,), dtype, P(TENSOR_AXIS)) if spec.has_sinks else None
+        self.q_norm = self._new_head_norm(N, dtype)
+        self.k_norm = self._new_head_norm(spec.num_kv_heads, dtype)
+
+    def _new_head_norm(self, num_heads: int, dtype: Any) -> Norm | None:
+        if (head_norm := self.spec.head_norm) is None:
+            return None
+        H = self.spec.head_dim
+        shape, cut = {
+            "head": ((H,), P(None)),
+            "heads": ((num_heads, H), P(TENSOR_AXIS, None)),
+            "all": ((num_heads * H,), P(TENSOR_AXIS)),
+        }[head_norm.scope]
+        return Norm(shape, head_norm.norm, dtype=dtype, cut=cut)
 
     def __call__(
-        self,
-        x: Float[Array, "T D"],
-        batch: InputBatch,
-        cos_sin: tuple[Float[Array, "T R"], Float[Array, "T R"]],
-        k_cache: Float[Array, "num_blocks K block_size H"],
-        v_cache: Float[Array, "num_blocks K block_size H"],
-    ) -> tuple[
-        Float[Array, "S outputs D"],
-        Float[Array, "num_blocks K block_size H"],
-        Float[Array, "num_blocks K block_size H"],
-    ]:
+        self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: CosSin | None, caches: KVPair
+    ) -> tuple[Addends, KVPair]:
         q, k_cache, v_cache = rope_kv_write(
-            self.qkv_proj.parts(x),  # [S, T, K, G + 2, H]
-            *cos_sin,
+            self._qkv(x),
+            cos_sin,
             batch.slot_mapping,
-            k_cache,
-            v_cache,
-            norm=self._head_norm(),
+            *caches,
+            q_norm=self._head_norm(self.q_norm),
+            k_norm=self._head_norm(self.k_norm),
             dtype=x.dtype,
+            target=self.target,
         )
         if batch.last_tokens_only:
             # A row's last token sees all of its keys, as a decode row does.
             q = q[batch.logits_indices]
+        spec = self.spec
         attended = paged_attention(
             q,
             k_cache,
@@ -108,15 +121,40 @@ class Attention(nnx.Module):
             batch.seq_lens,
             batch.query_start_loc,
             batch.num_decode_rows,
-            scale=1 / math.sqrt(self.spec.head_dim),
-            sliding_window=self.spec.sliding_window,
-            logits_soft_cap=self.spec.logits_soft_cap,
+            options=AttentionOptions(spec.scale, spec.sliding_window, spec.logits_soft_cap),
+            alibi_slopes=self._slopes(q.shape[1]),
+            sinks=None if self.sinks is None else self.sinks[...],
             decode_only=batch.decode_only or batch.last_tokens_only,
-            implementation=self.spec.implementation,
+            implementation=self.implementation,
+            target=self.target,
         )
-        return self.o_proj.parts(attended), k_cache, v_cache
+        return self.o_proj.addends(attended), (k_cache, v_cache)
 
-    def _head_norm(self) -> HeadNorm | None:
-        if self.q_norm is None or self.k_norm is None:
+    def _qkv(self, x: Float[Array, "T D"]) -> Addends:
+        """Queries, keys and values [S, T, K, G + 2, H]: with what no kernel does to them done."""
+        spec, addends = self.spec, self.qkv_proj.addends(x)
+        is_whole = spec.head_norm is not None and spec.head_norm.scope == "all"
+        if spec.qkv_clip is None and not is_whole:
+            return addends
+        qkv = sum_addends(addends, x.dtype)
+        if spec.qkv_clip is not None:
+            qkv = jnp.clip(qkv, -spec.qkv_clip, spec.qkv_clip)
+        if is_whole:
+            assert self.q_norm is not None
+            assert self.k_norm is not None
+            qkv = normalise_over_heads(qkv, self.q_norm.operand, self.k_norm.operand)
+        return Addends((qkv[None],), None)
+
+    def _head_norm(self, norm: Norm | None) -> NormOperand | None:
+        head_norm = self.spec.head_norm
+        if norm is None or head_norm is None or head_norm.scope == "all":
             return None
-        return HeadNorm(self.q_norm.weight[...], self.k_norm.weight[...], self.q_norm.eps)
+        return norm.operand
+
+    def _slopes(self, num_heads: int) -> Float[Array, " N"] | None:
+        """This shard's slopes."""
+        if self.spec.alibi_slopes is None:
+            return None
+        slopes = jnp.asarray(self.spec.alibi_slopes, jnp.float32)
+        first = jax.lax.axis_index(TENSOR_AXIS) * num_heads
+        return jax.lax.dynamic_slice_in_dim(slopes, first, num_heads)

@@ -1,4 +1,4 @@
-"""The pre-norm decoder that Llama and its relatives share; families differ by a DecoderSpec."""
+"""The decoder: any model that a ``ModelSpec`` describes."""
 
 import dataclasses
 import functools
@@ -7,122 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from jaxengine.batch import InputBatch
-from jaxengine.config import ModelConfig
-from jaxengine.layers.attention import Attention, AttentionSpec
-from jaxengine.layers.linear import Embedding, add_parts
-from jaxengine.layers.mlp import GatedMLP
-from jaxengine.layers.norm import RMSNorm
+from jaxengine.batch import CachePlace, InputBatch
+from jaxengine.convert.model_spec import NormSpec, RopeSpec
+from jaxengine.layers.attention import CosSin, KVPair
+from jaxengine.layers.embedding import PositionEmbedding, VocabBias, VocabEmbedding, embed
+from jaxengine.layers.norm import Norm
 from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.decoder_layer import DecoderLayer, LayerOutput
+from jaxengine.models.options import ModelOptions
 
-SUMS_OF_LAYER = 2  # over the shards: behind attention and behind the feed-forward layer
-LayerCaches = list[tuple[Array, Array]]  # a (k_cache, v_cache) pair for each layer of the stage
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderSpec:
-    """Where a family departs from Llama."""
-
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    has_qk_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """What the engine decides about a model, rather than its checkpoint.
-
-    Attributes:
-        layers: The layers this pipeline stage holds; None for all of them.
-        num_kv_heads: KV heads in the weights and the cache: the model's, or the tensor-parallel
-            size where that is larger (heads are then repeated).
-        max_model_len: Longest sequence, in tokens; some rope types depend on it.
-        attention_backend: Kernel to use; None for the best one.
-        input_major: How the weights of matrix products lie in memory, see ``Linear``.
-    """
-
-    num_kv_heads: int
-    max_model_len: int
-    layers: range | None = None
-    attention_backend: str | None = None
-    input_major: bool = False
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream.
-
-    A product's sum, over its splits and over the shards, is left to the norm that follows
-    (``residual_norm``). For the feed-forward layer's that is the next layer's, so that whoever
-    calls the layers applies their input norms.
-
-    It returns an output for each token, or with ``batch.last_tokens_only`` for each row [B, D].
-    """
-
-    def __init__(
-        self, config: ModelConfig, spec: DecoderSpec, options: ModelOptions, layer: int
-    ) -> None:
-        dtype = jnp.dtype(config.dtype)
-        eps = config.rms_norm_eps
-        attention = AttentionSpec(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=options.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=spec.qkv_bias,
-            out_bias=spec.out_bias,
-            qk_norm_eps=eps if spec.has_qk_norm else None,
-            sliding_window=config.sliding_windows[layer],
-            implementation=options.attention_backend,
-            input_major=options.input_major,
-        )
-        self.input_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.attention = Attention(attention, dtype=dtype)
-        self.post_attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            hidden_act=config.hidden_act,
-            use_bias=spec.mlp_bias,
-            dtype=dtype,
-            input_major=options.input_major,
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        normed: Float[Array, "T D"],
-        batch: InputBatch,
-        cos_sin: Any,
-        caches: tuple[Array, Array],
-    ) -> tuple[Float[Array, "outputs D"], Float[Array, "S outputs D"], tuple[Array, Array]]:
-        """Run the layer.
-
-        Args:
-            x: The residual stream.
-            normed: Its input norm.
-            batch: The step, with the number of the layer's first sum.
-            cos_sin: Of the tokens' angles.
-            caches: The layer's keys and values.
-
-        Returns:
-            The residual stream, parts of a product that are yet to be added to it, and the caches.
-        """
-        attended, *new_caches = self.attention(normed, batch, cos_sin, *caches)
-        if batch.last_tokens_only:
-            x = x[batch.logits_indices]
-        x, normed = self.post_attention_norm.after_sum(attended, x, batch.peers)
-        # A faster kernel would spare the one layer of its kind nothing, and the start would have to
-        # trace and compile it for every size.
-        implementation = "reference" if batch.last_tokens_only else None
-        parts = self.mlp.parts(normed, implementation=implementation)
-        return x, parts, (new_caches[0], new_caches[1])
+LayerCaches = list[KVPair]  # a (k_cache, v_cache) pair for each cache array of the stage
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graphdef: Any, state: Any, *inputs: Any) -> tuple:
+def _run_layer(graphdef: Any, state: Any, *inputs: Any) -> LayerOutput:
     """Call a layer; being jitted, all layers of a kind are traced and lowered once."""
     return nnx.merge(graphdef, state)(*inputs)
 
@@ -131,40 +32,55 @@ class Decoder(nnx.Module):
     """Embedding, layers, final norm and output projection; a stage holds some of the layers.
 
     Args:
-        config: The model's shape.
+        config: The model.
         options: What the engine decides.
-        spec: What the family is.
     """
 
-    def __init__(self, config: ModelConfig, options: ModelOptions, spec: DecoderSpec) -> None:
-        layers = range(config.num_layers) if options.layers is None else options.layers
-        dtype = jnp.dtype(config.dtype)
+    def __init__(self, config: ModelConfig, options: ModelOptions) -> None:
+        spec, dtype = config.spec, jnp.dtype(config.dtype)
+        layers = range(spec.num_layers) if options.layers is None else options.layers
+        self.spec, self.dtype = spec, config.dtype
+        self.layer_numbers = layers
+        self.max_model_len = options.max_model_len
+        self.cache_places = options.cache_places or own_places(config, layers)
         new_embedding = functools.partial(
-            Embedding,
-            config.vocab_size,
-            config.hidden_size,
+            VocabEmbedding,
+            spec.vocab_size,
+            spec.embedding.size or spec.hidden_size,
             dtype=dtype,
             input_major=options.input_major,
         )
-        is_first, is_last = layers.start == 0, layers.stop == config.num_layers
-        self.layer_numbers = layers
-        self.config, self.max_model_len = config, options.max_model_len
-        tied = config.tie_word_embeddings
-        has_embedding = is_first or (is_last and tied)
+
+        def norm(own: NormSpec | None) -> Norm | None:
+            return None if own is None else Norm((spec.hidden_size,), own, dtype=dtype)
+
+        is_first, is_last = layers.start == 0, layers.stop == spec.num_layers
+        has_embedding = is_first or (is_last and spec.head.is_tied)
         self.embed_tokens = new_embedding() if has_embedding else None
+        self.embed_norm = norm(spec.embedding.norm) if is_first else None
+        has_positions = is_first and spec.embedding.num_positions > 0
+        self.embed_positions = (
+            PositionEmbedding(spec.embedding, spec.hidden_size, dtype=dtype)
+            if has_positions
+            else None
+        )
         # A dict by the layer's own number, so that a stage's parameters keep the model's names.
         self.layers = nnx.Dict(
-            {str(layer): DecoderLayer(config, spec, options, layer) for layer in layers}
+            {
+                str(layer): DecoderLayer(spec.hidden_size, spec.layers[layer], options, dtype=dtype)
+                for layer in layers
+            }
         )
-        self.norm = (
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if is_last else None
-        )
-        self.lm_head = new_embedding() if is_last and not tied else None
+        self.norm = norm(spec.final_norm) if is_last else None
+        self.lm_head = new_embedding() if is_last and not spec.head.is_tied else None
+        has_bias = is_last and spec.head.has_bias
+        self.lm_head_bias = VocabBias(spec.vocab_size, dtype=dtype) if has_bias else None
 
     @property
     def num_sums(self) -> int:
         """Sums over the shards that a call makes, all of them with the numbers of ``batch``."""
-        return (self.layer_numbers.start == 0) + SUMS_OF_LAYER * len(self.layer_numbers)
+        layers = sum(self.layers[str(number)].num_sums for number in self.layer_numbers)
+        return layers + (VocabEmbedding.num_sums if self.layer_numbers.start == 0 else 0)
 
     def __call__(
         self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
@@ -177,38 +93,58 @@ class Decoder(nnx.Module):
 
         Args:
             batch: The step.
-            caches: KV caches of the stage's layers; donate them, the new ones are returned.
+            caches: The stage's caches; donate them, the new ones are returned.
             hidden: The previous stage's output; None for the first stage.
         """
         x = hidden
         if x is None:
-            assert self.embed_tokens is not None, "only the first stage starts from tokens"
-            x = self.embed_tokens(batch.token_ids, batch.peers)
-        if self.layer_numbers.start == 0:
-            batch = batch.after_sums(1)  # the embedding's, also where a subclass has looked it up
-        config = self.config
-        frequencies, factor = rope_frequencies(
-            config.rope, config.head_dim, config.max_position_embeddings, self.max_model_len
-        )
-        cos_sin = rope_cos_sin(batch.positions, frequencies, factor)
+            x = self._embedded(batch)
+            batch = batch.after_sums(VocabEmbedding.num_sums)
+        cos_sin = self._cos_sin(batch.positions)
         all_tokens = dataclasses.replace(batch, last_tokens_only=False)
         # The dict's own order is alphabetic: 0, 1, 10, 2.
         layers = [self.layers[str(number)] for number in self.layer_numbers]
-        normed = layers[0].input_norm(x)
-        new_caches: LayerCaches = []
-        for index, (number, cache) in enumerate(zip(self.layer_numbers, caches, strict=True)):
-            wanted = batch if number == config.num_layers - 1 else all_tokens
-            wanted = wanted.after_sums(SUMS_OF_LAYER * index)
-            x, parts, cache = _run_layer(
-                *nnx.split(layers[index]), x, normed, wanted, cos_sin, cache
+        normed = tuple(norm(x) for norm in layers[0].read_norms)
+        caches, num_sums = list(caches), 0
+        for index, (layer, place) in enumerate(zip(layers, self.cache_places, strict=True)):
+            is_models_last = self.layer_numbers[index] == self.spec.num_layers - 1
+            wanted = (batch if is_models_last else all_tokens).after_sums(num_sums)
+            output = _run_layer(
+                *nnx.split(layer),
+                x,
+                normed,
+                wanted if place is None else wanted.of_group(place.group),
+                cos_sin.get(_rope_of(layer)),
+                None if place is None else caches[place.array],
             )
-            new_caches.append(cache)
-            peers = batch.after_sums(SUMS_OF_LAYER * index + 1).peers  # attention's was the first
-            if index + 1 < len(layers):
-                x, normed = layers[index + 1].input_norm.after_sum(parts, x, peers)
-            else:
-                x = add_parts(x, parts, peers)
-        return x, new_caches
+            if place is not None:
+                assert output.caches is not None
+                caches[place.array] = output.caches
+            due = batch.after_sums(num_sums + layer.num_inner_sums).peers
+            readers = layers[index + 1].read_norms if index + 1 < len(layers) else ()
+            x, normed = layer.join_due(output, readers, due)
+            num_sums += layer.num_sums
+        return x, caches
+
+    def _embedded(self, batch: InputBatch) -> Float[Array, "T D"]:
+        assert self.embed_tokens is not None, "only the first stage starts from tokens"
+        return embed(
+            batch.token_ids,
+            batch.positions,
+            batch.peers,
+            scale=self.spec.embedding.scale,
+            tokens=self.embed_tokens,
+            learned_positions=self.embed_positions,
+            norm=self.embed_norm,
+        )
+
+    def _cos_sin(self, positions: Int[Array, " T"]) -> dict[RopeSpec | None, CosSin]:
+        """Cosines and sines of the tokens' angles, for each rotary embedding of the stage."""
+        ropes = {_rope_of(self.layers[str(number)]) for number in self.layer_numbers}
+        return {
+            rope: rope_cos_sin(positions, *rope_frequencies(rope, self.max_model_len))
+            for rope in sorted((r for r in ropes if r is not None), key=repr)
+        }
 
     def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B local_V"]:
         """Scores of the next token for some rows of the last stage's output.
@@ -217,5 +153,25 @@ class Decoder(nnx.Module):
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has logits"
-        assert self.norm is not None, "only the last stage has logits"
-        return head.logits(self.norm(hidden))
+        logits = head.logits(hidden if self.norm is None else self.norm(hidden))
+        if self.lm_head_bias is not None:
+            logits = logits + self.lm_head_bias.bias[...]
+        if self.spec.head.scale != 1:
+            logits = logits * jnp.asarray(self.spec.head.scale, logits.dtype)
+        if (cap := self.spec.head.soft_cap) is not None:
+            logits = (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)
+        return logits
+
+
+def _rope_of(layer: DecoderLayer) -> RopeSpec | None:
+    return None if layer.spec.attention is None else layer.spec.attention.rope
+
+
+def own_places(config: ModelConfig, layers: range) -> tuple[CachePlace | None, ...]:
+    """A cache of its own for each layer that has attention, all with the same block table."""
+    places: list[CachePlace | None] = []
+    for layer in layers:
+        has_attention = config.spec.layers[layer].attention is not None
+        count = sum(place is not None for place in places)
+        places.append(CachePlace(group=0, array=count) if has_attention else None)
+    return tuple(places)

@@ -1,14 +1,14 @@
-"""HF architecture -> model class. Outside packages add theirs with ``ModelRegistry``."""
+"""HF architecture -> what reads and what computes it. Outside packages add theirs here."""
 
 from collections.abc import Callable
 
 from flax import nnx
 
-from jaxengine import convert
-from jaxengine.config import ModelConfig
-from jaxengine.models.decoder import ModelOptions
-from jaxengine.models.llama import LlamaForCausalLM
-from jaxengine.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM
+from jaxengine.convert.families import architecture_of, register_family, supported_architectures
+from jaxengine.convert.families.family import Family
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.decoder import Decoder
+from jaxengine.models.options import ModelOptions
 
 ModelFactory = Callable[[ModelConfig, ModelOptions], nnx.Module]
 
@@ -16,49 +16,46 @@ ModelFactory = Callable[[ModelConfig, ModelOptions], nnx.Module]
 class ModelRegistry:
     """The models that can be served.
 
-    A model is called as ``Decoder`` is: ``model(batch, caches, hidden)`` and ``compute_logits``.
+    A family says what its configs and checkpoints mean; ``Decoder`` computes any of them. One that
+    it cannot express brings a model of its own, which is called as ``Decoder`` is:
+    ``model(batch, caches, hidden)`` and ``compute_logits``.
     """
 
-    _models: dict[str, ModelFactory] = {  # noqa: RUF012 - the one registry is meant to be shared
-        "LlamaForCausalLM": LlamaForCausalLM,
-        "LLaMAForCausalLM": LlamaForCausalLM,
-        "MistralForCausalLM": LlamaForCausalLM,
-        "Qwen2ForCausalLM": Qwen2ForCausalLM,
-        "Qwen3ForCausalLM": Qwen3ForCausalLM,
-    }
+    _models: dict[str, ModelFactory] = {}  # noqa: RUF012 - the one registry is meant to be shared
 
     @classmethod
-    def register_model(
-        cls, architecture: str, model: ModelFactory, rules: Callable | None = None
-    ) -> None:
-        """Add or replace a model.
+    def register_model(cls, family: Family, model: ModelFactory | None = None) -> None:
+        """Add or replace a family.
 
         Args:
-            architecture: The name in the checkpoint's ``architectures``.
-            model: Class (or function) that builds the module from config and options.
-            rules: The table that maps the checkpoint's tensors, as in ``convert/llama.py``; None
-                if ``convert`` has one for the architecture already.
+            family: As those in ``convert/families``.
+            model: Class (or function) that builds its module from config and options; None for
+                ``Decoder``.
+
+        Raises:
+            ValueError: If ``family`` is none.
         """
-        cls._models[architecture] = model
-        if rules is not None:
-            convert.register_family(architecture, rules)
+        if not isinstance(family, Family):
+            raise ValueError(
+                f"register_model was given {family!r}: pass a jaxengine.convert.Family (see "
+                "docs/models.md)"
+            )
+        register_family(family)
+        for architecture in family.architectures:
+            cls._models.pop(architecture, None)
+            if model is not None:
+                cls._models[architecture] = model
 
     @classmethod
     def supported(cls) -> list[str]:
         """Names of the architectures that can be served."""
-        return sorted(cls._models)
+        return supported_architectures()
 
     @classmethod
     def resolve(cls, architecture: str) -> ModelFactory:
-        """Return the class of an architecture.
+        """Return what builds the model of an architecture.
 
         Raises:
             ValueError: If there is none, naming those there are.
         """
-        if architecture not in cls._models:
-            raise ValueError(
-                f"architecture {architecture!r} is not supported; supported are "
-                f"{', '.join(cls.supported())}. Text-to-speech and other multimodal models are out "
-                "of scope; others can be added with jaxengine.ModelRegistry.register_model"
-            )
-        return cls._models[architecture]
+        return cls._models.get(architecture_of({"architectures": [architecture]}), Decoder)

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.floor import RATES, Rates, floor_s, rates_of
 from benchmarks.records import ROOT, read_model
 from benchmarks.workloads import WORKLOADS
-from jaxengine.config import ModelConfig
+from jaxengine.model_config import ModelConfig
 
 
 def model(name: str) -> ModelConfig:

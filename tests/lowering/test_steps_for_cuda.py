@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxengine.pallas_kernels import gated_product, paged_attention
 from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
 from jaxengine.pallas_kernels.peers import inbox_layout
+from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import StepShape
-from jaxengine.config import ModelConfig
 from jaxengine.engine.device.kv_cache import KVCacheSpec
 from jaxengine.engine.device.step import StageParts, make_forward
-from jaxengine.models.decoder import ModelOptions
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import TENSOR_AXIS, replicated
 from jaxengine.weights import param_specs
@@ -69,6 +70,7 @@ LLAMA_70B = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
+H100 = Target("gpu", "hopper", 132)
 LARGE_MODELS = {"llama-13b": LLAMA_13B, "llama-70b": LLAMA_70B}
 
 
@@ -76,7 +78,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
     sizes = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 8192}
     config = ModelConfig.from_hf({**sizes, **(MODELS | LARGE_MODELS)[name]}, "bfloat16")
     options = ModelOptions(
-        num_kv_heads=config.num_kv_heads, max_model_len=8192, attention_backend=backend
+        max_model_len=8192, target=H100, num_shards=num_gpus, attention_backend=backend
     )
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
@@ -231,7 +233,7 @@ def test_the_specification_of_the_weights_names_only_the_tensor_axis() -> None:
         }
     )
     factory = ModelRegistry.resolve(config.architecture)
-    options = ModelOptions(num_kv_heads=8, max_model_len=64)
+    options = ModelOptions(max_model_len=64, target=H100)
     _, specs = param_specs(lambda: factory(config, options))
     assert {axis for spec in specs.values() for axis in spec.spec} == {None, TENSOR_AXIS}
     assert specs["norm.weight"].spec == P(None)

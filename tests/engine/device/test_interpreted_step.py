@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxengine.batch import StepShape
-from jaxengine.config import ModelConfig
 from jaxengine.engine.device.batch_builder import packed_views
 from jaxengine.engine.device.kv_cache import KVCacheSpec
 from jaxengine.engine.device.step import StageParts, make_forward
-from jaxengine.models.decoder import ModelOptions
+from jaxengine.model_config import ModelConfig
+from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.sharding import make_mesh
 from jaxengine.weights import param_specs
@@ -63,7 +63,7 @@ def run_step(
     jax.clear_caches()
     hf_config = {**SIZES, **extra, "architectures": [architecture]}
     config = ModelConfig.from_hf(hf_config, "bfloat16")
-    options = ModelOptions(num_kv_heads=config.num_kv_heads, max_model_len=512)
+    options = ModelOptions(max_model_len=512, target=target)
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
     mesh = make_mesh(jax.devices()[:1])
