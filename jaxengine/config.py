@@ -44,8 +44,8 @@ class EngineConfig:
         enforce_eager: Compile shapes when they are first needed instead of at start.
         load_format: auto, safetensors, pt, gguf, or dummy (random weights).
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
-        hf_overrides: Fields that replace those of config.json, nested ones as "a.b"; or a function of
-            it.
+        hf_overrides: Fields that replace those of config.json, nested ones as "a.b"; or a
+            function of it.
         generation_config: auto (the model's defaults) or vllm (neutral defaults).
         max_logprobs: Most log-probabilities that a request may ask for per token; -1 for all.
         reasoning_parser: How the model marks its reasoning: deepseek_r1, qwen3, gpt_oss or think;

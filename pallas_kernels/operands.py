@@ -13,9 +13,9 @@ class Norm:
     """A normalisation over the last axis.
 
     "rms" (arXiv:1910.07467): ``x / sqrt(mean(x^2) + eps) * weight``. "layer" (arXiv:1607.06450):
-    ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``. In float32; the rms norm is rounded before
-    the product with the weight, as Hugging Face's Llama has it, unless there is an offset: then the
-    weight is ``offset + weight``, and rounding comes last, as Hugging Face's Gemma has it.
+    ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``. In float32; the rms norm is rounded
+    before the product with the weight, as Hugging Face's Llama has it, unless there is an offset:
+    then the weight is ``offset + weight``, and rounding comes last, as its Gemma has it.
 
     Attributes:
         weight: [D], or with leading axes where heads have weights of their own; None for 1.

@@ -16,8 +16,8 @@ def sum_parts(
     return parts.astype(jnp.float32).sum(axis=0).astype(dtype)
 
 
-def sum_addends(addends: Addends, dtype: jax.typing.DTypeLike) -> Float[Array, "T *shape"]:
-    """Add up in float32, the bias included, round once. This shard's alone."""
+def sum_addends(addends: Addends, dtype: jax.typing.DTypeLike) -> Array:
+    """Add up in float32, the bias included, round once: [T, ...], this shard's alone."""
     if addends.is_single:
         return sum_parts(addends.arrays[0], dtype)
     total = sum(array.astype(jnp.float32).sum(axis=0) for array in addends.arrays)

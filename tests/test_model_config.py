@@ -50,7 +50,7 @@ def test_a_window_is_uniform_only_where_every_layer_has_it(
 
 @pytest.mark.parametrize("eos_token_id", ["</s>", [1, "2"], 2.5, True])
 def test_end_tokens_that_are_no_integers_are_refused(eos_token_id: Any) -> None:
-    with pytest.raises(ValueError, match="eos_token_id=.* token ids are integers"):
+    with pytest.raises(ValueError, match=r"eos_token_id=.* token ids are integers"):
         ModelConfig.from_hf({**LLAMA, "eos_token_id": eos_token_id})
 
 

@@ -14,6 +14,8 @@ from jaxengine.convert.quantised.packing import FP4_VALUES, unpack
 from tests.convert.tiny import expected_parameters, save_model
 
 NUM_IN, NUM_OUT, GROUP = 64, 24, 16
+FP8 = ml_dtypes.float8_e4m3fn
+BLOCKS = {"weight_block_size": [16, 32]}
 RNG = np.random.default_rng(0)
 Tensors = dict[str, np.ndarray]
 
@@ -170,7 +172,7 @@ def test_packed_fp4_of_compressed_tensors(kind: str) -> None:
         tensors = {"m.weight_packed": packed, "m.weight_scale": exponents}
         scales = np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, axis=1)
     else:
-        stored = RNG.uniform(1, 100, (NUM_OUT, NUM_IN // 16)).astype(ml_dtypes.float8_e4m3fn)
+        stored = RNG.uniform(1, 100, (NUM_OUT, NUM_IN // 16)).astype(FP8)
         whole = np.array([8.0], np.float32)
         tensors = {
             "m.weight_packed": packed,
@@ -187,12 +189,12 @@ def test_packed_fp4_of_compressed_tensors(kind: str) -> None:
 @pytest.mark.parametrize(
     ("declared", "suffix", "shape", "dtype"),
     [
-        ({"quant_method": "fp8"}, "weight_scale", (), ml_dtypes.float8_e4m3fn),
-        ({"quant_method": "fp8", "weight_block_size": [16, 32]}, "weight_scale_inv", (2, 2), ml_dtypes.float8_e4m3fn),
-        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (NUM_OUT, 1), ml_dtypes.float8_e4m3fn),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", (1,), ml_dtypes.float8_e4m3fn),
+        ({"quant_method": "fp8"}, "weight_scale", (), FP8),
+        ({**BLOCKS, "quant_method": "fp8"}, "weight_scale_inv", (2, 2), FP8),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (NUM_OUT, 1), FP8),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", (1,), FP8),
         ({"quant_method": "compressed-tensors"}, "weight_scale", (NUM_OUT, 1), np.int8),
-        ({"quant_method": "compressed-tensors"}, "weight_scale", (NUM_OUT,), ml_dtypes.float8_e4m3fn),
+        ({"quant_method": "compressed-tensors"}, "weight_scale", (NUM_OUT,), FP8),
     ],
 )  # fmt: skip
 def test_eight_bits_with_scales(

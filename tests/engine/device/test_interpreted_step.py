@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import StepShape
 from jaxengine.engine.device.batch_builder import packed_views
-from jaxengine.engine.device.kv_cache import KVCacheSpec
 from jaxengine.engine.device.step import StageParts, make_forward
 from jaxengine.model_config import ModelConfig
 from jaxengine.models.options import ModelOptions
@@ -37,6 +37,11 @@ SIZES = {
 # Query tokens and KV length of each row: decode rows first.
 DECODING = [(1, 1), (1, 13), (1, 50), (1, 64)]
 MIXED = [(1, 9), (1, 64), (9, 9), (4, 20)]
+GEMMA2 = {"head_dim": 32, "sliding_window": 20, "query_pre_attn_scalar": 32}
+GPT2 = {"n_embd": 128, "n_head": 4, "n_layer": NUM_LAYERS, "n_positions": 512, "n_inner": 256}
+FALCON_RW = {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+DECI = {"num_key_value_heads_per_layer": [2, 1, 4]}
+UNGATED = {"GPT2LMHeadModel", "PhiForCausalLM", "FalconForCausalLM"}
 KERNELS = {"split_product", "rope_kv_write", "paged_decode", "gated_few_rows", "residual_norm"}
 
 
@@ -57,7 +62,7 @@ def started_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 
 def run_step(
-    architecture: str, rows: list[tuple[int, int]], extra: dict[str, Any]
+    architecture: str, rows: list[tuple[int, int]], extra: dict[str, Any], target: Target
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits of the rows and all caches after a step on random weights and caches."""
     jax.clear_caches()
@@ -79,11 +84,12 @@ def run_step(
         return jnp.asarray(rng.standard_normal(dims) * scale, jnp.bfloat16)
 
     weights = tuple(random(spec.shape, 0.15) for spec in specs.values())
-    cache_spec = KVCacheSpec(
-        NUM_LAYERS, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16"
-    )
-    cache_shape = cache_spec.abstract(NUM_BLOCKS, mesh)[0][0].shape
-    caches = [(random(cache_shape, 1.0), random(cache_shape, 1.0)) for _ in range(NUM_LAYERS)]
+    caches = []
+    for layer in config.spec.layers:
+        assert layer.attention is not None
+        heads, width = layer.attention.num_kv_heads, layer.attention.head_dim
+        shape_of_cache = (NUM_BLOCKS, heads, BLOCK_SIZE, width)
+        caches.append((random(shape_of_cache, 1.0), random(shape_of_cache, 1.0)))
     tables = np.zeros((NUM_SLOTS + 1, WIDTH), np.int32)
     tables[: len(rows)] = 1 + rng.permutation(NUM_BLOCKS - 1)[: len(rows) * WIDTH].reshape(
         -1, WIDTH
@@ -112,9 +118,18 @@ def run_step(
         ("LlamaForCausalLM", {}, DECODING),
         ("LlamaForCausalLM", {}, MIXED),
         ("LlamaForCausalLM", {"attention_bias": True}, DECODING),
-        ("Qwen3ForCausalLM", {}, DECODING),
+        ("Qwen3ForCausalLM", {"head_dim": 32}, DECODING),
+        ("GPT2LMHeadModel", GPT2, DECODING),
+        ("PhiForCausalLM", {}, DECODING),
+        ("PhiForCausalLM", {}, MIXED),
+        ("GemmaForCausalLM", {}, DECODING),
+        ("Gemma2ForCausalLM", GEMMA2, MIXED),
+        ("Gemma3ForCausalLM", {**GEMMA2, "sliding_window_pattern": 2}, DECODING),
+        ("FalconForCausalLM", {}, DECODING),
+        ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, DECODING),
+        ("FalconForCausalLM", FALCON_RW, DECODING),
+        ("DeciLMForCausalLM", DECI, DECODING),
     ],
-    ids=["decoding", "mixed", "biases", "head norms"],
 )
 def test_a_step_of_few_rows_equals_xlas(
     architecture: str,
@@ -123,12 +138,14 @@ def test_a_step_of_few_rows_equals_xlas(
     started_kernels: set[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, expected_caches = run_step(architecture, rows, extra)
+    expected, expected_caches = run_step(architecture, rows, extra, Target("cpu"))
     assert not started_kernels
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found, caches = run_step(architecture, rows, extra)
+    found, caches = run_step(architecture, rows, extra, Target("gpu", "hopper"))
     is_ragged = rows is MIXED
-    assert started_kernels == KERNELS | ({"ragged_attention_triton"} if is_ragged else set())
+    expected_kernels = KERNELS | ({"ragged_attention_triton"} if is_ragged else set())
+    if architecture in UNGATED:
+        expected_kernels = expected_kernels - {"gated_few_rows"} | {"activated_few_rows"}
+    assert started_kernels == expected_kernels
     # bfloat16 through three layers: rounding moves a logit by a few of its units.
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9995
