@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from jaxengine.pallas_kernels import all_reduce_triton
 from jaxengine.pallas_kernels.all_reduce import all_gather, all_reduce
 from jaxengine.pallas_kernels.all_reduce_triton import all_reduce_norm_triton
+from jaxengine.pallas_kernels.operands import Addends, Norm
 from jaxengine.pallas_kernels.peers import DEPTH, RING, InboxLayout, Peers, inbox_layout
-from jaxengine.pallas_kernels.residual_norm import residual_norm, rms_norm
+from jaxengine.pallas_kernels.residual_norm import normalise, residual_norm
+from jaxengine.pallas_kernels.target import Target
 
 from tests.kernels.h100 import h100s, lower_for_cuda
 
@@ -83,7 +85,8 @@ def test_norms_that_the_kernels_do_not_serve_are_refused(
     arrays = [jax.ShapeDtypeStruct(shape[i:], dtype) for i in range(3)]
 
     def run(parts: jax.Array, residual: jax.Array, weight: jax.Array) -> Any:
-        return all_reduce_norm_triton(parts, peers_of(layout), residual, weight, eps=EPS)
+        norms = (Norm(weight, None, EPS),)
+        return all_reduce_norm_triton(Addends((parts,)), peers_of(layout), residual, norms)
 
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(run, *arrays)
@@ -109,8 +112,11 @@ def lower_sum(
         parts = jnp.stack([x] * num_parts)
         if num_parts > 1:
             parts = parts.astype(jnp.float32)
-        norm = residual_norm(parts, x, x[0], eps=EPS, peers=peers, axis_name=AXIS)
-        return norm[0] + norm[1]
+        norms = (Norm(x[0], None, EPS),)
+        total, (normed,) = residual_norm(
+            Addends((parts,)), x, norms, peers=peers, axis_name=AXIS, target=Target("gpu")
+        )
+        return total + normed
 
     specs = (P(AXIS), P(), P())
     shapes = ((num_gpus * shape[0], shape[1]), (num_gpus, 2), (2,))
@@ -206,12 +212,15 @@ def test_what_a_sum_does_to_the_residual_stream_and_its_norm(
     parts = jnp.asarray(rng.standard_normal(shape), "bfloat16" if num_parts == 1 else "float32")
     residual = jnp.asarray(rng.standard_normal(shape[1:]), jnp.bfloat16)
     weight = jnp.asarray(rng.standard_normal(num_columns), jnp.bfloat16)
-    total, normed = all_reduce_norm_triton(parts, peers_of(layout), residual, weight, eps=EPS)
+    norm = Norm(weight, None, EPS)
+    total, (normed,) = all_reduce_norm_triton(
+        Addends((parts,)), peers_of(layout), residual, (norm,)
+    )
     # Of the packets' kernel all parts come from outside, of the tiles' one the peer's alone.
     is_small = layout is SMALL
     both = jnp.full(shape[1:], 2.0, jnp.bfloat16) if is_small else parts[0] + 1
     np.testing.assert_array_equal(total, both + residual)
-    expected = np.asarray(rms_norm(total, weight, EPS), np.float32)
+    expected = np.asarray(normalise(total, norm), np.float32)
     tolerance = 2 * float(jnp.finfo(jnp.bfloat16).eps)
     np.testing.assert_allclose(np.asarray(normed, np.float32), expected, rtol=tolerance)
 
@@ -364,13 +373,13 @@ def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
             for layer in range(num_layers):
                 # What a layer does to the norm, in little.
                 more = parts if not norms else parts + norms[-1][None].astype(parts.dtype) / 8
-                residual, normed = residual_norm(
-                    more,
+                residual, (normed,) = residual_norm(
+                    Addends((more,)),
                     residual,
-                    residual[0],
-                    eps=EPS,
+                    (Norm(residual[0], None, EPS),),
                     peers=peers.after(layer),
                     axis_name=AXIS,
+                    target=Target("gpu"),
                     implementation=implementation,
                 )
                 norms.append(normed)
