@@ -70,7 +70,7 @@ def due_sum(
 ) -> Float[Array, "T D"]:
     """What is added to the stream: the sum over parts and shards, normalised and scaled."""
     if jax.lax.axis_size(axis_name) == 1:
-        total = sum_addends(addends, dtype)
+        total = jax.lax.psum(sum_addends(addends, dtype), axis_name)
     else:  # each shard's part is rounded before it is sent
         total = jax.lax.psum(sum_addends(Addends(addends.arrays), dtype), axis_name)
         total = with_bias(total, addends.bias)
