@@ -118,7 +118,7 @@ def _layers_with_window(metadata: Metadata, num_layers: int) -> list[bool]:
     """llama.cpp's pattern: a flag for each layer, or a period whose last layer has no window."""
     pattern = metadata.get(Attention.SLIDING_WINDOW_PATTERN)
     if isinstance(pattern, list):
-        flags = metadata.items(Attention.SLIDING_WINDOW_PATTERN, (bool, int), num_layers) or []
+        flags = metadata.items(Attention.SLIDING_WINDOW_PATTERN, bool, int, least=num_layers) or []
         return [bool(flag) for flag in flags[:num_layers]]
     period = metadata.integer(Attention.SLIDING_WINDOW_PATTERN, 0, high=MAX_LENGTH)
     return [period == 0 or layer % period < period - 1 for layer in range(num_layers)]

@@ -162,6 +162,28 @@ class _Header:
                 "header is damaged, fetch it again"
             ) from None
 
+    def texts(self, count: int, field: str) -> list[str]:
+        """Several texts: what ``text`` does, without its cost for each of 128,000 tokens."""
+        data, end, position = self.data, len(self.data), self.position
+        found = []
+        for number in range(count):
+            start = position + TEXT_BYTES
+            position = start + int.from_bytes(data[position:start], "little")
+            if start > end or position > end:
+                raise CheckpointError(
+                    f"{self.path}: {field} has an entry {number} of {position - start} bytes at "
+                    f"byte {start}, the file has {end}: it is damaged, fetch it again"
+                )
+            try:
+                found.append(data[start:position].decode())
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    f"{self.path}: {field} has an entry {number} that is no UTF-8 "
+                    f"({error.reason}): the file is damaged, fetch it again"
+                ) from None
+        self.position = position
+        return found
+
     def type(self, field: str) -> GGUFValueType:
         number = self.number("I", f"the type of {field}")
         try:
@@ -190,7 +212,7 @@ class _Header:
         limit = min((self.left - 8) // item_bytes, MAX_ITEMS)
         count = self.count("Q", f"the length of {field}", max(limit, 0))
         if letter is None:
-            return [self.text(field) for _ in range(count)]
+            return self.texts(count, field)
         values = np.frombuffer(self.data, np.dtype(letter).newbyteorder("<"), count, self.position)
         self.position += count * item_bytes
         return list(values.tolist())

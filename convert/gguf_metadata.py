@@ -106,8 +106,8 @@ class Metadata:
             raise CheckpointError(f"{self.path}: {self.key(key)} is {shown(value)}, no text")
         return default if value is None else value
 
-    def items(self, key: str, kind: type | tuple[type, ...], least: int = 0) -> list[Any] | None:
-        """An array of at least ``least`` items of one type; None where the key is absent.
+    def items(self, key: str, *kinds: type, least: int = 0) -> list[Any] | None:
+        """An array of at least ``least`` items of these types; None where the key is absent.
 
         Raises:
             CheckpointError: If it is something else, or too short.
@@ -115,9 +115,10 @@ class Metadata:
         value = self.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= set(kinds):
             raise CheckpointError(
-                f"{self.path}: {self.key(key)} is {shown(value)}, expected an array of another type"
+                f"{self.path}: {self.key(key)} is {shown(value)}, expected an array of "
+                f"{' or '.join(kind.__name__ for kind in kinds)}"
             )
         if len(value) < least:
             raise CheckpointError(

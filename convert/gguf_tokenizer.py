@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from gguf import Keys
@@ -27,6 +28,39 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_PIECE_LENGTH = 1024  # characters of a SentencePiece piece; known ones have some tens
 
 
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a file, read once.
+
+    Attributes:
+        metadata: The keys of the file.
+        ids: Every token with its id, in the order of the ids.
+        kinds: The type of each token.
+        special: Text of bos, eos, unk and pad, as far as there is one.
+    """
+
+    metadata: Metadata
+    ids: dict[str, int]
+    kinds: list[int]
+    special: dict[str, str]
+
+    @classmethod
+    def read(cls, metadata: Metadata) -> _Vocabulary:
+        """Check and read the tokens.
+
+        Raises:
+            CheckpointError: If a token is there twice, or a list is too short.
+        """
+        found = metadata.items(Tokenizer.LIST, str) or []
+        # As llama.cpp names them: an empty token would be found everywhere.
+        tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(found)]
+        ids = {token: number for number, token in enumerate(tokens)}
+        if len(ids) != len(tokens):
+            check_unique(tokens, metadata.path, f"the token of {Tokenizer.LIST}")
+        special = {name: tokens[number] for name, number in special_ids(metadata).items()}
+        return cls(metadata, ids, _kinds(metadata, len(tokens)), special)
+
+
 def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     """The tokenizer as file name -> content.
 
@@ -40,21 +74,20 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
             f"the GGUF file {metadata.path} has no tokenizer: pass tokenizer= a directory that has "
             "one"
         )
-    if kind == "gpt2":
-        tokenizer = _bpe(metadata)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(metadata)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise CheckpointError(
             f"the tokenizer of the GGUF file {metadata.path} is of kind {kind!r:.80}; supported: "
             "gpt2 (BPE), llama (SentencePiece). Pass tokenizer= a directory that has tokenizer.json"
         )
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": _config(metadata)}
+    vocabulary = _Vocabulary.read(metadata)
+    tokenizer = _bpe(vocabulary) if kind == "gpt2" else _sentencepiece(vocabulary)
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": _config(vocabulary)}
     return {name: json.dumps(value, ensure_ascii=False).encode() for name, value in files.items()}
 
 
-def _bpe(metadata: Metadata) -> Json:
-    name = _pre_tokenizer_name(metadata)
+def _bpe(vocabulary: _Vocabulary) -> Json:
+    metadata = vocabulary.metadata
+    name = _pre_tokenizer_name(vocabulary)
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"the pre-tokeniser of the GGUF file {metadata.path} is {name!r:.80}; known: "
@@ -66,12 +99,12 @@ def _bpe(metadata: Metadata) -> Json:
         raise CheckpointError(f"{metadata.path} lacks {Tokenizer.MERGES}: it is damaged")
     model = {
         "type": "BPE",
-        "vocab": _vocabulary(metadata),
+        "vocab": vocabulary.ids,
         "merges": merges,
         "ignore_merges": pre.ignores_merges,
     }
     return _tokenizer_json(
-        metadata,
+        vocabulary,
         model,
         normalizer=pre.normalizer,
         pre_tokenizer=pre.steps,
@@ -80,16 +113,16 @@ def _bpe(metadata: Metadata) -> Json:
     )
 
 
-def _pre_tokenizer_name(metadata: Metadata) -> str:
+def _pre_tokenizer_name(vocabulary: _Vocabulary) -> str:
     """The file's name for it; of a file from before May 2024, which has none, a guess."""
+    metadata = vocabulary.metadata
     name = metadata.text(Tokenizer.PRE)
     if name:
         return name
-    tokens = _tokens(metadata)
     known = (
         name
         for (number, text), name in KNOWN_BY_TOKEN.items()
-        if number < len(tokens) and tokens[number] == text
+        if vocabulary.ids.get(text) == number
     )
     guess = next(known, DEFAULT)
     warnings.warn(
@@ -101,12 +134,13 @@ def _pre_tokenizer_name(metadata: Metadata) -> str:
     return guess
 
 
-def _sentencepiece(metadata: Metadata) -> Json:
+def _sentencepiece(vocabulary: _Vocabulary) -> Json:
+    metadata = vocabulary.metadata
     model = {
         "type": "BPE",
-        "vocab": _vocabulary(metadata),
-        "merges": _stored_merges(metadata) or _merges(metadata),
-        "unk_token": _token(metadata, "unk"),
+        "vocab": vocabulary.ids,
+        "merges": _stored_merges(metadata) or _merges(vocabulary),
+        "unk_token": vocabulary.special.get("unk"),
         "fuse_unk": True,
         "byte_fallback": True,
     }
@@ -116,7 +150,7 @@ def _sentencepiece(metadata: Metadata) -> Json:
     restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else []
     return _tokenizer_json(
-        metadata,
+        vocabulary,
         model,
         normalizer=_sequence("normalizers", [*before, replace]),
         pre_tokenizer=None,
@@ -142,19 +176,19 @@ def _stored_merges(metadata: Metadata) -> list[list[str]] | None:
     return [[merge[:cut], merge[cut + 1 :]] for merge, cut in zip(merges, cuts, strict=True)]
 
 
-def _merges(metadata: Metadata) -> list[tuple[str, str]]:
+def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """The merges a SentencePiece vocabulary implies: each way to make a piece out of two others.
 
     SentencePiece joins the neighbours whose union has the best score; so the best score ranks
     first.
     """
-    tokens, kinds = _tokens(metadata), _kinds(metadata)
-    scores = metadata.items(Tokenizer.SCORES, (int, float), len(tokens))
+    metadata, ids = vocabulary.metadata, vocabulary.ids
+    scores = metadata.items(Tokenizer.SCORES, int, float, least=len(ids))
     if scores is None:
         raise CheckpointError(f"{metadata.path} lacks {Tokenizer.SCORES}: it is damaged")
     pieces = {
         token: score
-        for token, score, kind in zip(tokens, scores, kinds, strict=False)
+        for token, score, kind in zip(ids, scores, vocabulary.kinds, strict=False)
         if kind == NORMAL
     }
     longest = max(map(len, pieces), default=0)
@@ -163,7 +197,6 @@ def _merges(metadata: Metadata) -> list[tuple[str, str]]:
             f"{metadata.path}: {Tokenizer.LIST} has a piece of {longest} characters, at most "
             f"{MAX_PIECE_LENGTH} are possible: the file is damaged"
         )
-    ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for piece in sorted(pieces, key=lambda token: (-pieces[token], ids[token])):
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
@@ -172,7 +205,7 @@ def _merges(metadata: Metadata) -> list[tuple[str, str]]:
 
 
 def _tokenizer_json(
-    metadata: Metadata,
+    vocabulary: _Vocabulary,
     model: Json,
     *,
     normalizer: Json | None,
@@ -184,31 +217,18 @@ def _tokenizer_json(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added_tokens(metadata),
+        "added_tokens": _added_tokens(vocabulary),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": _post_processor(metadata, adds_bos),
+        "post_processor": _post_processor(vocabulary, adds_bos),
         "decoder": decoder,
         "model": model,
     }
 
 
-def _tokens(metadata: Metadata) -> list[str]:
-    tokens = metadata.items(Tokenizer.LIST, str) or []
-    # As llama.cpp names them: an empty token would be found everywhere.
-    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
-    check_unique(tokens, metadata.path, f"the token of {Tokenizer.LIST}")
-    return tokens
-
-
-def _vocabulary(metadata: Metadata) -> dict[str, int]:
-    return {token: i for i, token in enumerate(_tokens(metadata))}
-
-
-def _kinds(metadata: Metadata) -> list[int]:
+def _kinds(metadata: Metadata, num_tokens: int) -> list[int]:
     """The type of each token; what is a control token by its text is one."""
-    num_tokens = len(metadata.items(Tokenizer.LIST, str) or [])
-    found = metadata.items(Tokenizer.TOKEN_TYPE, int, num_tokens)
+    found = metadata.items(Tokenizer.TOKEN_TYPE, int, least=num_tokens)
     kinds = [NORMAL] * num_tokens if found is None else list(found[:num_tokens])
     for number in control_ids(metadata):
         if kinds[number] in (NORMAL, USER_DEFINED):
@@ -216,7 +236,7 @@ def _kinds(metadata: Metadata) -> list[int]:
     return kinds
 
 
-def _added_tokens(metadata: Metadata) -> list[Json]:
+def _added_tokens(vocabulary: _Vocabulary) -> list[Json]:
     kinds = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
     return [
         {
@@ -228,14 +248,14 @@ def _added_tokens(metadata: Metadata) -> list[Json]:
             "normalized": False,
             "special": kinds[kind],
         }
-        for i, (token, kind) in enumerate(zip(_tokens(metadata), _kinds(metadata), strict=True))
+        for (token, i), kind in zip(vocabulary.ids.items(), vocabulary.kinds, strict=True)
         if kind in kinds
     ]
 
 
-def _post_processor(metadata: Metadata, adds_bos: bool) -> Json | None:
-    bos, eos = _token(metadata, "bos"), _token(metadata, "eos")
-    adds_eos = metadata.flag(Tokenizer.ADD_EOS, False)
+def _post_processor(vocabulary: _Vocabulary, adds_bos: bool) -> Json | None:
+    bos, eos = vocabulary.special.get("bos"), vocabulary.special.get("eos")
+    adds_eos = vocabulary.metadata.flag(Tokenizer.ADD_EOS, False)
     before = [bos] if adds_bos and bos is not None else []
     after = [eos] if adds_eos and eos is not None else []
     if not before and not after:
@@ -249,21 +269,22 @@ def _post_processor(metadata: Metadata, adds_bos: bool) -> Json | None:
             parts += [{"SpecialToken": {"id": token, "type_id": number}} for token in after]
         return parts
 
-    ids = _vocabulary(metadata)
     return {
         "type": "TemplateProcessing",
         "single": template("A"),
         "pair": template("AB"),
         "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]}
+            token: {"id": token, "ids": [vocabulary.ids[token]], "tokens": [token]}
             for token in (*before, *after)
         },
     }
 
 
-def _config(metadata: Metadata) -> Json:
+def _config(vocabulary: _Vocabulary) -> Json:
     """tokenizer_config.json."""
-    tokens = {f"{name}_token": _token(metadata, name) for name in ("bos", "eos", "unk", "pad")}
+    metadata = vocabulary.metadata
+    names = ("bos", "eos", "unk", "pad")
+    tokens = {f"{name}_token": vocabulary.special.get(name) for name in names}
     config = {
         # The class that takes tokenizer.json as it is; a model's own class would rebuild it.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -288,11 +309,6 @@ def _chat_templates(metadata: Metadata) -> str | list[Json] | None:
     return [
         {"name": name, "template": template} for name, template in templates.items() if template
     ]
-
-
-def _token(metadata: Metadata, name: str) -> str | None:
-    number = special_ids(metadata).get(name)
-    return None if number is None else _tokens(metadata)[number]
 
 
 def _sequence(kind: str, parts: list[Json]) -> Json:
