@@ -4,6 +4,7 @@ Of a format without checksums (safetensors, GGUF, a converted directory) only wh
 weights is damaged, and the file's length: a flipped bit in a plain weight cannot be seen.
 """
 
+import copy
 import json
 import random
 import struct
@@ -104,7 +105,7 @@ def damage_json(content: bytes, chance: Chance) -> bytes:
         elif action == 2 and isinstance(container[key], int):
             container[key] += chance.choice((-1, 1, 8, 2**32))
         else:
-            container[key] = chance.choice(VALUES)
+            container[key] = copy.deepcopy(chance.choice(VALUES))  # a later change may be inside
     text = json.dumps(value)
     if kind == 2:  # a key that is there twice
         text = text.replace("{", '{"a": 1, "a": 2, ', 1)
