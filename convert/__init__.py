@@ -6,12 +6,14 @@ from jaxengine.convert.families.family import Family
 from jaxengine.convert.parameters import Parameter, parameters
 from jaxengine.convert.readers import open_checkpoint
 from jaxengine.convert.save import ConversionSummary, convert_checkpoint
+from jaxengine.convert.supported import check_supported
 
 __all__ = [
     "Checkpoint",
     "ConversionSummary",
     "Family",
     "Parameter",
+    "check_supported",
     "convert_checkpoint",
     "model_spec",
     "open_checkpoint",

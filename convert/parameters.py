@@ -194,9 +194,11 @@ def _adds_nothing(tensor: StoredTensor) -> bool:
     return is_bias and not np.any(read(tensor))
 
 
+MAX_NAME = 100  # characters of a name there
 MOST_NAMES = 20  # that an error lists: the reason shows in the first ones
 
 
 def _listed(names: list[str]) -> str:
     more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    listed = ", ".join(name[:MAX_NAME] for name in names[:MOST_NAMES])
+    return f"{listed} and {more} more" if more > 0 else listed

@@ -26,6 +26,7 @@ from jaxengine.convert import converted
 from jaxengine.convert.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, write_files
 from jaxengine.convert.parameters import Parameter, parameters
 from jaxengine.convert.readers import open_checkpoint
+from jaxengine.convert.supported import check_supported
 from tqdm import tqdm
 
 
@@ -68,7 +69,7 @@ def convert_checkpoint(
     start = time.perf_counter()
     out = Path(os.path.abspath(Path(out_dir).expanduser()))
     _check_target(out, overwrite)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, check_config=check_supported)
     tree = list(parameters(checkpoint, dtype))
     files = _small_files(checkpoint, dtype)
     num_bytes = sum(parameter.nbytes for parameter in tree)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxengine.convert.errors import shown
 from jaxengine.convert.families import model_spec
 from jaxengine.convert.model_spec import AttentionSpec, FeedForwardSpec, ModelSpec, RopeSpec
 from jaxengine.convert.quantised import quantisation_of
@@ -122,7 +123,7 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for token_id in values:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise ValueError(f"config.json has eos_token_id={value!r}: token ids are integers")
+            raise ValueError(f"config.json has eos_token_id={shown(value)}: token ids are integers")
     return tuple(values)
 
 
@@ -134,8 +135,12 @@ def resolve_dtype(requested: str, stored: str | None) -> str:
     Raises:
         ValueError: If the dtype is not one of ``DTYPES``.
     """
-    wanted = str(stored or "bfloat16").removeprefix("torch.") if requested == "auto" else requested
+    is_stored = requested == "auto"
+    wanted = str(stored or "bfloat16").removeprefix("torch.") if is_stored else requested
     wanted = _DTYPE_ALIASES.get(wanted, wanted)
     if wanted not in DTYPES:
-        raise ValueError(f"dtype {wanted!r} is not supported: use one of auto, {', '.join(DTYPES)}")
+        where = "config.json: " if is_stored else ""
+        raise ValueError(
+            f"{where}dtype {shown(wanted)} is not supported: use one of auto, {', '.join(DTYPES)}"
+        )
     return wanted

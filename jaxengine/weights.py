@@ -5,7 +5,6 @@ from ``convert``, and the two must agree to the last parameter.
 """
 
 import dataclasses
-import json
 import math
 import zlib
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from jaxengine import convert
 from jaxengine.convert import Checkpoint, Parameter
 from jaxengine.convert.checkpoint import read_tokenizer_files
+from jaxengine.convert.json_file import read_json
 from jaxengine.convert.overrides import Overrides, override_config
 
 __all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
@@ -99,19 +99,28 @@ def open_model(
     Raises:
         ValueError: If it cannot be found, is damaged, or is not of the format asked for.
     """
-    checkpoint = _open(source, load_format, revision)
+
+    def check(config: dict[str, Any]) -> None:
+        convert.check_supported(override_config(config, hf_overrides))
+
+    checkpoint = _open(source, load_format, revision, check)
     return dataclasses.replace(
         checkpoint, hf_config=override_config(checkpoint.hf_config, hf_overrides)
     )
 
 
-def _open(source: str | Path, load_format: str, revision: str | None) -> Checkpoint:
+def _open(
+    source: str | Path,
+    load_format: str,
+    revision: str | None,
+    check: Callable[[dict[str, Any]], None],
+) -> Checkpoint:
     if load_format == "dummy":
         directory = Path(source).expanduser()
         if not (directory / "config.json").is_file():
             raise ValueError(f"load_format 'dummy' needs {directory / 'config.json'}: not found")
         return _config_only(directory)
-    checkpoint = convert.open_checkpoint(source, revision)
+    checkpoint = convert.open_checkpoint(source, revision, check)
     if load_format not in ("auto", _LOAD_FORMATS[checkpoint.format]):
         raise ValueError(
             f"{source} holds {checkpoint.format} weights, not {load_format!r}: use "
@@ -125,7 +134,7 @@ def _config_only(directory: Path) -> Checkpoint:
     return Checkpoint(
         source=directory,
         format="dummy",
-        hf_config=json.loads((directory / "config.json").read_text()),
+        hf_config=read_json(directory / "config.json"),
         tensors={},
         tokenizer_files=lambda: read_tokenizer_files(directory),
         generation_config={},

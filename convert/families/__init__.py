@@ -71,7 +71,9 @@ def model_spec(config: Config) -> ModelSpec:
 
 def _unsupported(architecture: str, has_remote_code: bool) -> str:
     supported = ", ".join(supported_architectures())
-    reason = f"the architecture {architecture} is not supported; supported: {supported}"
+    reason = (
+        f"config.json: the architecture {architecture} is not supported; supported: {supported}"
+    )
     if any(word in architecture for word in OUT_OF_SCOPE):
         reason = (
             f"{architecture} is a multimodal, speech or text-to-speech architecture: these are "

@@ -5,9 +5,10 @@ A config is data from outside: a number in it may decide how much is allocated o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from jaxengine.convert.errors import shown
 
 Config = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ def integer(
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(
-                f"config.json has {name}={_shown(value)}: an integer between {low} and {high} is "
+                f"config.json has {name}={shown(value)}: an integer between {low} and {high} is "
                 "needed"
             )
         return value
@@ -67,9 +68,9 @@ def number(
         if value is None:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        if not is_number or not low <= value <= high:  # which no NaN is
             raise ValueError(
-                f"config.json has {name}={_shown(value)}: a number between {low} and {high} is "
+                f"config.json has {name}={shown(value)}: a number between {low} and {high} is "
                 "needed"
             )
         return float(value)
@@ -89,7 +90,7 @@ def flag(config: Config, *names: str, default: bool = False) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool) and value not in (0, 1):
-            raise ValueError(f"config.json has {name}={_shown(value)}: true or false is needed")
+            raise ValueError(f"config.json has {name}={shown(value)}: true or false is needed")
         return bool(value)
     return default
 
@@ -105,7 +106,7 @@ def text(config: Config, *names: str, default: str) -> str:
         if value is None:
             continue
         if not isinstance(value, str):
-            raise ValueError(f"config.json has {name}={_shown(value)}: a string is needed")
+            raise ValueError(f"config.json has {name}={shown(value)}: a string is needed")
         return value
     return default
 
@@ -120,7 +121,7 @@ def mapping(config: Config, name: str) -> Config:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"config.json has {name}={_shown(value)}: an object is needed")
+        raise ValueError(f"config.json has {name}={shown(value)}: an object is needed")
     return value
 
 
@@ -134,7 +135,7 @@ def list_of_layers(config: Config, name: str, num_layers: int) -> list[Any] | No
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) != num_layers:
-        length = len(value) if isinstance(value, list | tuple) else _shown(value)
+        length = len(value) if isinstance(value, list | tuple) else shown(value)
         raise ValueError(
             f"config.json has {name} of {length} entries: one for each of {num_layers} layers is "
             "needed"
@@ -199,8 +200,3 @@ def max_positions(config: Config, *names: str, default: Any = _REQUIRED) -> int:
     return integer(
         config, *(names or ("max_position_embeddings",)), default=default, high=MAX_LENGTH
     )
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxengine.convert.errors import shown
 from jaxengine.convert.families import fields
 from jaxengine.convert.families.fields import Config
 from jaxengine.convert.model_spec import RopeSpec
@@ -53,11 +54,12 @@ def read_rope(
     """
     parameters = rope_parameters(config, layer_type)
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    rope_type = _TYPE_ALIASES.get(rope_type, rope_type)
+    rope_type = _TYPE_ALIASES.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
     parameters.pop("type", None)
-    if rope_type not in ROPE_TYPES:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise ValueError(
-            f"rope_type {rope_type!r} is not supported: use one of {', '.join(ROPE_TYPES)}"
+            f"config.json: rope_type {shown(rope_type)} is not supported: use one of "
+            f"{', '.join(ROPE_TYPES)}"
         )
     for name in _REQUIRED.get(rope_type, ()):
         if parameters.get(name) is None and config.get(name) is None:

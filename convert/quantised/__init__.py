@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jaxengine.convert.errors import shown
 from jaxengine.convert.quantised import (
     awq,
     bitsandbytes,
@@ -46,12 +47,15 @@ def quantisation_of(config: Config) -> Config | None:
     if not declared:
         return None
     if not isinstance(declared, Mapping):
-        raise ValueError(f"config.json has quantization_config={declared!r}: an object is needed")
+        raise ValueError(
+            f"config.json has quantization_config={shown(declared)}: an object is needed"
+        )
     method = method_of(declared)
     if method not in METHODS and method != "mxfp4":
         raise ValueError(
-            f"the checkpoint is quantised with quant_method {method!r}, which is not supported: "
-            f"use a checkpoint of one of {', '.join(METHODS)}, of GGUF, or a 16-bit one"
+            f"config.json: the checkpoint is quantised with quant_method {shown(method)}, which is "
+            f"not supported: use a checkpoint of one of {', '.join(METHODS)}, of GGUF, or a 16-bit "
+            "one"
         )
     return declared
 

@@ -17,7 +17,9 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
-from jaxengine.convert import open_checkpoint, parameters
+from jaxengine.convert import check_supported, open_checkpoint, parameters
+
+from jaxengine.model_config import ModelConfig
 
 MEMORY_BYTES = 2 * 2**30  # beside what the libraries take at their import
 TEXTS = ["Hello world 12", "é 東京 \U0001f680", "<s> a</s>"]
@@ -30,7 +32,8 @@ def read_all(path: Path) -> dict[str, str]:
         Of each parameter its dtype, shape and hash.
     """
     source = path / "model.gguf"
-    checkpoint = open_checkpoint(source if source.exists() else path)
+    checkpoint = open_checkpoint(source if source.exists() else path, check_config=check_supported)
+    ModelConfig.from_hf(checkpoint.hf_config)
     _ = checkpoint.eos_token_ids
     digests = {}
     for parameter in parameters(checkpoint):

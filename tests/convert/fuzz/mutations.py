@@ -23,6 +23,17 @@ VALUES: tuple[Any, ...] = (
     *([], {}, [0], [[0]], {"a": 1}, [1] * 100_000, ["a"] * 10_000, "float64", "LlamaForCausalLM"),
     "yarn",
 )
+# What a config may say beside what the one of the corpus does.
+MORE_FIELDS: dict[str, Any] = {
+    "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8},
+    "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+    "sliding_window": 16,
+    "use_sliding_window": True,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "attention_qkv_bias": True,
+    "partial_rotary_factor": 0.5,
+    "auto_map": {"AutoModel": "a.B"},
+}
 Chance = random.Random
 
 
@@ -107,6 +118,13 @@ def damage_json(content: bytes, chance: Chance) -> bytes:
         else:
             container[key] = copy.deepcopy(chance.choice(VALUES))  # a later change may be inside
     text = json.dumps(value)
+    if kind == 3 and isinstance(value, dict):
+        name = chance.choice(tuple(MORE_FIELDS))
+        field = {name: copy.deepcopy(MORE_FIELDS[name])}
+        places = [place for place in places_of(field) if chance.randrange(2)]
+        for container, key in places:
+            container[key] = copy.deepcopy(chance.choice(VALUES))
+        value |= field
     if kind == 2:  # a key that is there twice
         text = text.replace("{", '{"a": 1, "a": 2, ', 1)
     return text.encode()

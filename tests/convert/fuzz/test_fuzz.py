@@ -9,8 +9,6 @@ from tests.convert.fuzz.run import GOOD, Reader, fuzz
 
 CASES = 40
 SLOW_CASES = 3000
-# The fields of a config are not read by a file's reader.
-READERS = tuple(name for name in FORMATS if name != "config")
 
 
 def assert_good(name: str, cases: int, seed: int) -> None:
@@ -19,13 +17,13 @@ def assert_good(name: str, cases: int, seed: int) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_damaged_file_is_the_same_or_a_clear_error(name: str) -> None:
     assert_good(name, CASES, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_thousands_of_damaged_files_are_the_same_or_a_clear_error(name: str) -> None:
     assert_good(name, SLOW_CASES, seed=1_000_000)
 
