@@ -11,7 +11,13 @@ import pytest
 from jaxengine import LLM, SamplingParams
 from jaxengine.outputs import RequestOutput
 from jaxengine.structured.params import StructuredOutputsParams
-from tests.helpers import make_llm, output_ids, random_prompts, with_scheduler
+from tests.helpers import (
+    make_llm,
+    output_ids,
+    random_prompts,
+    run_on_virtual_devices,
+    with_scheduler,
+)
 
 EOS = 2
 
@@ -330,3 +336,11 @@ def test_a_thinking_budget_needs_a_reasoning_parser(llm: LLM) -> None:
 def test_an_unknown_reasoning_parser_is_refused_at_the_start(chat_model: Any) -> None:
     with pytest.raises(ValueError, match="reasoning_parser is 'magic'; known are deepseek_r1"):
         make_llm(chat_model, reasoning_parser="magic")
+
+
+def test_several_devices_stages_and_replicas_give_what_one_device_does(chat_model: Any) -> None:
+    found = run_on_virtual_devices("tests.structured_run", chat_model)
+    one = found.pop("one")
+    assert found == dict.fromkeys(["tp2 pp2", "dp2"], one)
+    for (_, text), pattern in zip(one[:2], (r"([a-f]{2}-){8}", r"([a-z]{3} )+"), strict=True):
+        assert re.match(pattern, text), text

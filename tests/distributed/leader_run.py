@@ -27,6 +27,10 @@ SEEDED = SamplingParams(
     max_tokens=NUM_TOKENS,
     ignore_eos=True,
 )
+# Its masks are known to the leader only, after the step's other inputs have been sent.
+STRUCTURED = SamplingParams(
+    temperature=0.9, seed=8, max_tokens=NUM_TOKENS, structured_outputs={"regex": "([a-z]{3} )+"}
+)
 
 
 def say(**values: Any) -> None:
@@ -39,6 +43,7 @@ def generate(llm: LLM) -> dict[str, Any]:
     first = llm.generate(PROMPTS, greedy(NUM_TOKENS), use_tqdm=False)
     second = llm.generate(PROMPTS[2:], greedy(NUM_TOKENS), use_tqdm=False)
     sampled = llm.generate(PROMPTS, SEEDED, use_tqdm=False)
+    structured = llm.generate(PROMPTS, [STRUCTURED, SEEDED, STRUCTURED], use_tqdm=False)
     if isinstance(llm.engine, Engine):  # not a group of replicas
         assert_idle(llm)
     scores = [
@@ -52,6 +57,7 @@ def generate(llm: LLM) -> dict[str, Any]:
         "num_cached_tokens": second[0].num_cached_tokens,
         "num_preemptions": llm.get_metrics().num_preemptions,
         "sampled": output_ids(sampled),
+        "structured": output_ids(structured),
         "logprobs": [round(output.outputs[0].cumulative_logprob, 2) for output in sampled],
         "prompt_logprobs": scores,
     }

@@ -5,6 +5,7 @@ most requests ask for are compiled while the engine rests, or behind the first r
 any other one when it is needed. What was compiled is kept on disk beside the steps.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxengine.engine.device.compiler_options import compiler_options
 from jaxengine.engine.device.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.sampling.sampler import SamplerOutput, sample_packed
-from jaxengine.engine.sampling.sampling_inputs import PackedLayout, SamplerVariant
+from jaxengine.engine.sampling.sampling_inputs import MASK_BUCKETS, PackedLayout, SamplerVariant
 from jaxengine.sharding import LOGITS_SPEC, replicated
 from jaxengine.structured.constraint import num_mask_words
 
@@ -28,6 +29,11 @@ COMMON_VARIANTS = (
     SamplerVariant(random=True),
     SamplerVariant(random=True, top_p=True),
     SamplerVariant(random=True, small_top_k=True, only_small_top_k=True, top_p=True),
+)
+# What most structured outputs ask for: compiled last, beside one such request or a few.
+MASKED_VARIANTS = (
+    SamplerVariant(num_masks=MASK_BUCKETS[0]),
+    SamplerVariant(random=True, num_masks=MASK_BUCKETS[0]),
 )
 # Looks at the whole vocabulary in every way there is: what the memory account reckons with.
 LARGEST_VARIANT = SamplerVariant(random=True, top_k=True, top_p=True, min_p=True, num_history=32768)
@@ -75,8 +81,9 @@ class SamplerPrograms:
         threading.Thread(target=self._warm_up, args=(row_counts,), name="warm-up").start()
 
     def _warm_up(self, row_counts: Sequence[int]) -> None:
-        for num_rows in row_counts:
-            for variant in COMMON_VARIANTS:
+        masked_counts = [count for count in row_counts if count >= MASK_BUCKETS[0]]
+        for variants, counts in ((COMMON_VARIANTS, row_counts), (MASKED_VARIANTS, masked_counts)):
+            for num_rows, variant in itertools.product(counts, variants):
                 self._wait_for_a_pause()
                 if not threading.main_thread().is_alive():
                     return

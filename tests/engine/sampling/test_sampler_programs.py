@@ -12,6 +12,7 @@ from jaxengine.engine.sampling import sampler_programs
 from jaxengine.engine.sampling.sampler_programs import (
     COMMON_VARIANTS,
     IDLE_S,
+    MASKED_VARIANTS,
     MAX_WAIT_S,
     SamplerPrograms,
 )
@@ -36,7 +37,10 @@ class Clock:
 
 
 def compile_times(
-    monkeypatch: pytest.MonkeyPatch, busy_until: float, first_sampled: float = float("inf")
+    monkeypatch: pytest.MonkeyPatch,
+    busy_until: float,
+    first_sampled: float = float("inf"),
+    row_counts: tuple[int, ...] = (1, 2),
 ) -> list[float]:
     """Seconds after the start at which each program is compiled."""
     clock = Clock(busy_until)
@@ -54,12 +58,19 @@ def compile_times(
     if busy_until:
         clock.programs = programs
         programs.note_step()
-    programs._warm_up([1, 2])
+    programs._warm_up(row_counts)
     return times
 
 
 def test_an_idle_engine_does_not_delay_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_times(monkeypatch, busy_until=0) == [0.0] * 2 * len(COMMON_VARIANTS)
+
+
+def test_samplers_with_masks_come_too_where_there_are_rows_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = compile_times(monkeypatch, busy_until=0, row_counts=(1, 4, 8))
+    assert len(times) == 3 * len(COMMON_VARIANTS) + 2 * len(MASKED_VARIANTS)
 
 
 def test_it_waits_until_the_engine_rests(monkeypatch: pytest.MonkeyPatch) -> None:
