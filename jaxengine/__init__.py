@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxengine.models.registry import ModelRegistry
     from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+    from jaxengine.structured.params import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "ModelRegistry": "models.registry",
     "SamplingParams": "sampling_params",
     "RequestOutputKind": "sampling_params",
+    "StructuredOutputsParams": "structured.params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
@@ -39,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

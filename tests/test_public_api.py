@@ -21,7 +21,8 @@ def parameters(function: object) -> list[str]:
 def test_the_package_offers_these_names() -> None:
     assert set(jaxengine.__all__) == {
         *("LLM", "SamplingParams", "EngineConfig", "ModelRegistry", "RequestOutputKind"),
-        *("RequestOutput", "CompletionOutput", "Logprob", "__version__"),
+        *("RequestOutput", "CompletionOutput", "Logprob", "StructuredOutputsParams"),
+        "__version__",
     }
 
 
