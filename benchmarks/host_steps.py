@@ -96,7 +96,7 @@ def timed_steps(llm: LLM) -> Iterator[list[dict[str, float]]]:
         ("dispatch", engine.runner, "dispatch"),
         ("wait", engine, "read"),
         ("update", engine.scheduler, "update_from_output"),
-        ("output", llm._processor, "process"),
+        ("output", llm._requests.processor, "process"),
     ]
     running: collections.Counter[str] = collections.Counter()
     steps: list[dict[str, float]] = []
@@ -110,23 +110,24 @@ def timed_steps(llm: LLM) -> Iterator[list[dict[str, float]]]:
 
         return call
 
-    run_step = llm._step
+    loop = llm._requests
+    run_step = loop._step
 
-    def step() -> None:
+    def step(own: Any) -> None:
         running.clear()
         start = time.perf_counter()
-        run_step()
+        run_step(own)
         steps.append({**running, "step": time.perf_counter() - start})
 
     for part, owner, name in places:
         setattr(owner, name, timed(part, getattr(owner, name)))
-    llm._step = step  # type: ignore[method-assign]
+    loop._step = step  # type: ignore[method-assign]
     try:
         yield steps
     finally:
         for _, owner, name in places:
             delattr(owner, name)
-        del llm._step
+        del loop._step
 
 
 def summary(steps: list[dict[str, float]]) -> Record:

@@ -16,6 +16,7 @@ class EngineConfig:
         model: Hub name, HF directory, GGUF file or converted directory.
         tokenizer: The same choice for the tokenizer; None takes the model's.
         revision: Branch, tag or commit of a hub model; None is its main branch.
+        tokenizer_revision: The same for the tokenizer, if that is named.
         dtype: auto, bfloat16, float16 or float32; auto is what the checkpoint stores on a GPU
             (bfloat16 for float32 and GGUF) and float32 on a CPU.
         seed: Base of the random streams of requests that bring no seed.
@@ -46,8 +47,14 @@ class EngineConfig:
         attention_backend: reference, xla, triton or mosaic; None takes the best one.
         hf_overrides: Fields that replace those of config.json, nested ones as "a.b"; or a
             function of it.
-        generation_config: auto (the model's defaults) or vllm (neutral defaults).
+        generation_config: auto (the model's defaults), vllm (neutral defaults), or a directory with
+            the generation_config.json to take them from.
+        override_generation_config: Fields that replace those of generation_config.json.
+        chat_template: Jinja template, or a file with one, in place of the model's.
         max_logprobs: Most log-probabilities that a request may ask for per token; -1 for all.
+        logprobs_mode: raw_logprobs, processed_logprobs (behind bias, penalties, temperature and
+            truncation), raw_logits or processed_logits.
+        profiler_dir: Where start_profile writes its traces.
         reasoning_parser: How the model marks its reasoning: deepseek_r1, qwen3, gpt_oss or think;
             empty if it does not reason. Grammars of structured outputs apply behind it.
         skip_tokenizer_init: Take and return token ids only.
@@ -58,6 +65,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     revision: str | None = None
+    tokenizer_revision: str | None = None
     dtype: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
@@ -87,7 +95,13 @@ class EngineConfig:
     attention_backend: str | None = None
     hf_overrides: Mapping[str, Any] | Callable | None = dataclasses.field(default=None, hash=False)
     generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+    chat_template: str | None = None
     max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+    profiler_dir: str = "jaxengine-profile"
     reasoning_parser: str = ""
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
@@ -117,13 +131,23 @@ class EngineConfig:
             "data_parallel_size",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_integer(value, 1):
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
+        for name, lowest in (
+            ("seed", -(2**63)),
+            ("max_logprobs", -1),
+            ("long_prefill_token_threshold", 0),
+        ):
+            value = getattr(self, name)
+            if not _is_integer(value, lowest):
+                raise ValueError(
+                    f"{name} is {value!r}: an integer of 64 bits from {lowest} on is needed"
+                )
         self._check_hosts()
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_choice("generation_config", self.generation_config, ("auto", "vllm"))
+        _check_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
 
     def _check_hosts(self) -> None:
         for name in ("nnodes", "distributed_timeout_seconds"):
@@ -145,12 +169,17 @@ class EngineConfig:
 
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "converted", "dummy")
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 ATTENTION_BACKENDS = (None, "reference", "xla", "triton", "mosaic")
 
 
+def _is_integer(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**63
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}: it must lie between {low} and {high}")
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}: it must lie between {low} and {high}")
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

@@ -1,44 +1,68 @@
 """LLM: prompts in, RequestOutputs out. The offline API, with vLLM's names."""
 
 import collections
-import itertools
+import functools
 import os
 import sys
-import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxengine.beam_search import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    BeamSearchSequence,
+    beam_search,
+)
+from jaxengine.compat.engine_args import resolve_engine_args
+from jaxengine.compat.model_config import ServedModelConfig
+from jaxengine.compile_watch import CompileWatch
 from jaxengine.config import EngineConfig
 from jaxengine.distributed.launch import start_leader
-from jaxengine.engine.build import check_hf_config
-from jaxengine.engine.engine import StepResult
+from jaxengine.engine.build import check_hf_config, load_weights
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.garbage_collection import (
     exempt_from_garbage_collection,
-    paused_garbage_collection,
 )
-from jaxengine.engine.replicas import build_replicas, startup_text
-from jaxengine.fair_lock import FairLock
-from jaxengine.interrupts import interrupts_deferred
+from jaxengine.engine.replicas import ReplicaGroup, build_replicas, startup_text
+from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
+from jaxengine.engine.sleep import SleepingStages
+from jaxengine.llm_arguments import (
+    Params,
+    as_params,
+    as_priorities,
+    check_logprobs,
+    check_token_ids,
+    either,
+    refuse_foreign,
+)
+from jaxengine.llm_engine import EngineArgs, LLMEngine
+from jaxengine.metrics import Metric, metrics_of
+from jaxengine.model_files import read_sampling_defaults, read_tokenizer
 from jaxengine.outputs import RequestOutput
 from jaxengine.process import prepare_process
+from jaxengine.request_loop import Inbox, NewRequest, RequestLoop
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.structured.constraint_factory import ConstraintFactory
 from jaxengine.structured.reasoning import markers_of
-from jaxengine.text.messages import split_conversations
+from jaxengine.text.messages import load_chat_template, split_conversations
 from jaxengine.text.output_processor import OutputProcessor
-from jaxengine.text.progress import Progress
-from jaxengine.text.prompts import EncodedPrompt, Prompt, as_list, checked, parse_prompt
-from jaxengine.text.tokenizer import ChatOptions, Message, Tokenizer, load_tokenizer
-from jaxengine.weights import Checkpoint, open_model
-
-Params = SamplingParams | Sequence[SamplingParams] | None
-Inbox = collections.deque[RequestOutput | BaseException]
-
-# Fields of generation_config.json that are sampling parameters too.
-_DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+from jaxengine.text.progress import MakeBar, Progress
+from jaxengine.text.prompts import (
+    EncodedPrompt,
+    Prompt,
+    TokenizationOptions,
+    as_list,
+    checked,
+    parse_prompt,
+)
+from jaxengine.text.tokenizer import ChatOptions, Message, Tokenizer
+from jaxengine.weights import merge_params, open_model
 
 
 class LLM:
@@ -49,27 +73,37 @@ class LLM:
     Args:
         model: Hub name, HF directory, GGUF file, or a directory that ``jaxengine-convert`` wrote.
         tokenizer: The same choice for the tokenizer; None takes the model's own.
-        engine_args: Fields of ``EngineConfig``, in vLLM's spelling.
+        engine_args: Fields of ``EngineConfig``, and every argument of vLLM that changes nothing
+            here or asks for nothing (docs/coming-from-vllm.md). None is the default of each.
 
     Raises:
-        ValueError: If the model is not supported or damaged, or does not fit into memory.
+        ValueError: If the model is not supported or damaged, or does not fit into memory; or if an
+            argument asks for what is not there.
+        TypeError: If there is no such argument.
     """
 
-    def __init__(self, model: str, tokenizer: str | None = None, **engine_args: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | None = None,
+        **engine_args: Any,
+    ) -> None:
         started = time.perf_counter()
-        config = EngineConfig(model=os.fspath(model), tokenizer=tokenizer, **engine_args)
+        arguments = resolve_engine_args({"tokenizer": tokenizer, **engine_args})
+        config = EngineConfig(model=os.fspath(model), **arguments)
+        self._chat_template = load_chat_template(config.chat_template)
         markers_of(config.reasoning_parser)  # refused before anything is loaded
         prepare_process(config)
         checkpoint = open_model(
             config.model, config.load_format, config.revision, config.hf_overrides
         )
         check_hf_config(checkpoint.hf_config)
-        generation_config = checkpoint.generation_config
+        self._sampling_defaults = read_sampling_defaults(config, checkpoint)
         leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
         self._tokenizer: Tokenizer | None = None
         eos_token_ids = frozenset(checkpoint.eos_token_ids)
         if not config.skip_tokenizer_init:
-            self._tokenizer = _load_tokenizer(checkpoint, tokenizer)
+            self._tokenizer = read_tokenizer(config, checkpoint)
             eos_token_ids |= self._tokenizer.eos_token_ids
         if leader is None:
             self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
@@ -81,15 +115,15 @@ class LLM:
                 leader.wait_until_ready()
         self.startup = startups[0]
         self.engine_config = config
-        self._generation_config = generation_config if config.generation_config == "auto" else {}
-        self._processor = OutputProcessor(self._tokenizer)
+        self._checkpoint = checkpoint
+        self._sleeping: SleepingStages | None = None
         self._constraints: ConstraintFactory | None = None  # until a request needs one
-        self._request_numbers = itertools.count()
-        self._inboxes: dict[str, Inbox] = {}
+        self._requests = RequestLoop(self.engine, OutputProcessor(self._tokenizer))
         self._news: Inbox = collections.deque()  # for ``step``
-        self._lock = FairLock()  # of all above: calls may come from several threads
+        self._enqueued: list[str] = []  # for ``wait_for_completion``
+        self._enqueued_inbox: Inbox = collections.deque()
         if leader is not None:
-            leader.unfinished_requests = lambda: self._processor.unfinished_request_ids
+            leader.unfinished_requests = lambda: self._requests.processor.unfinished_request_ids
         exempt_from_garbage_collection(owner=self)
         if not config.disable_log_stats:
             seconds = time.perf_counter() - started
@@ -103,21 +137,43 @@ class LLM:
         """
         return self._require_tokenizer().hf_tokenizer
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLM":
+        """Load a model with the arguments of an ``EngineArgs``."""
+        return cls(**vars(engine_args))
+
+    @functools.cached_property
+    def llm_engine(self) -> LLMEngine:
+        """The engine, with vLLM's interface of single steps."""
+        return LLMEngine(self)
+
+    @property
+    def model_config(self) -> ServedModelConfig:
+        """The model, as clients of vLLM read it."""
+        model = self.engine.model_config
+        return ServedModelConfig.of(self.engine_config, model, self._max_model_len)
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """Return how many devices the engine uses, of all replicas or of one."""
+        config = self.engine_config
+        size = config.tensor_parallel_size * config.pipeline_parallel_size
+        return size * config.data_parallel_size if include_dp else size
+
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the model's own defaults, from its generation_config.json."""
-        found = {name: self._generation_config.get(name) for name in _DEFAULT_FIELDS}
-        values = {name: value for name, value in found.items() if value is not None}
-        if "max_new_tokens" in values:
-            values["max_tokens"] = values.pop("max_new_tokens")
-        return SamplingParams(**values)
+        return SamplingParams(**self._sampling_defaults)
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: Params = None,
         *,
-        use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        use_tqdm: bool | MakeBar = True,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        prompt_token_ids: Any = None,
     ) -> list[RequestOutput]:
         """Generate for each prompt; all of them share the batch.
 
@@ -125,8 +181,14 @@ class LLM:
             prompts: Text, token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``; or a
                 list of such.
             sampling_params: For all prompts, or one for each; None takes the model's defaults.
-            use_tqdm: Draw a progress bar with the throughput.
-            priority: One number a prompt, smaller first; needs ``scheduling_policy="priority"``.
+            use_tqdm: Draw a progress bar with the throughput; or what makes the bar.
+            lora_request: Must be None.
+            priority: For all prompts, or one number for each, smaller first; needs
+                ``scheduling_policy="priority"``.
+            tokenization_kwargs: ``add_special_tokens``, ``truncate_prompt_tokens`` (to the last so
+                many; -1: to what the model can read), ``truncation_side`` ("left" or "right").
+            mm_processor_kwargs: Must be None.
+            prompt_token_ids: Former name of prompts that are token ids.
 
         Returns:
             One output a prompt, in their order.
@@ -134,35 +196,128 @@ class LLM:
         Raises:
             ValueError: If a prompt or a parameter is not possible. No prompt has run then.
         """
-        inputs = self._encode(as_list(prompts))
+        refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        prompts = either(prompts, prompt_token_ids)
+        inputs = self._encode(as_list(prompts), tokenization_kwargs)
         params = self._params_for(len(inputs), sampling_params)
-        priorities = [0] * len(inputs) if priority is None else list(priority)
-        if len(priorities) != len(inputs):
-            raise ValueError(f"{len(priorities)} priorities were given for {len(inputs)} prompts")
+        return self._generate(inputs, params, priority, use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool | MakeBar = True,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Queue prompts for ``wait_for_completion``; arguments as for ``generate``.
+
+        Returns:
+            Their request ids.
+        """
+        del use_tqdm  # nothing here takes long
+        refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        inputs = self._encode(as_list(prompts), tokenization_kwargs)
+        params = self._params_for(len(inputs), sampling_params)
         final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
-        request_ids, inbox = self._add_all(inputs, final, priorities)
+        requests = self._new_requests(inputs, final, priority)
+        with self._requests.lock:
+            request_ids, _ = self._requests.add(requests, self._enqueued_inbox)
+            self._enqueued += request_ids
+        return request_ids
+
+    def wait_for_completion(
+        self, output_type: Any = None, *, use_tqdm: bool | MakeBar = True
+    ) -> list[RequestOutput]:
+        """Run everything that was enqueued to its end, and return the outputs in its order."""
+        del output_type  # there is only one
+        with self._requests.lock:
+            request_ids, self._enqueued = self._enqueued, []
+            inbox, self._enqueued_inbox = self._enqueued_inbox, collections.deque()
         return self._run_to_end(request_ids, inbox, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: Any = None,
+        use_tqdm: bool | MakeBar = False,
+        concurrency_limit: int | None = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Search for the most likely outputs of each prompt.
+
+        Args:
+            prompts: As for ``generate``.
+            params: What is looked for.
+            lora_request: Must be None.
+            use_tqdm: Draw a bar of the prompts.
+            concurrency_limit: Most prompts searched at the same time; None is all.
+            priority: As for ``generate``, of all prompts alike.
+
+        Returns:
+            Up to ``beam_width`` sequences a prompt, best first; their tokens and texts begin with
+            the prompt.
+
+        Raises:
+            ValueError: If a prompt or a parameter is not possible.
+        """
+        refuse_foreign(lora_request=lora_request)
+        inputs = self._encode(as_list(prompts))
+        priorities = as_priorities(priority, len(inputs))
+        if len(set(priorities)) > 1:
+            raise ValueError("the prompts of a beam search have one priority: give one number")
+        check_token_ids(params, self.engine.model_config.vocab_size)
+        limit = concurrency_limit or max(1, len(inputs))
+
+        def next_tokens(
+            beams: list[list[int]], sampling_params: SamplingParams
+        ) -> list[RequestOutput]:
+            encoded = [EncodedPrompt(None, array("i", tokens)) for tokens in beams]
+            each = [sampling_params] * len(beams)
+            return self._generate(encoded, each, priorities[0], use_tqdm=False)
+
+        outputs = []
+        with Progress(len(inputs), use_tqdm) as progress:
+            for start in range(0, len(inputs), limit):
+                found = beam_search(
+                    [each.token_ids for each in inputs[start : start + limit]],
+                    params,
+                    next_tokens=next_tokens,
+                    eos_token_ids=self.engine.eos_token_ids,
+                    max_model_len=self._max_model_len,
+                )
+                outputs += [self._with_texts(sequences, params) for sequences in found]
+                progress.advance(len(found))
+        return outputs
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | MakeBar = True,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, with the model's chat template.
 
         Args:
             messages: A list of ``{"role": ..., "content": ...}``, or a list of such lists. A
                 content is text, a list of text parts, or absent.
-            sampling_params: As for ``generate``.
-            use_tqdm: As for ``generate``.
+            sampling_params: As for ``generate``; so are the others without a line here.
+            use_tqdm: Draw a progress bar with the throughput; or what makes the bar.
+            lora_request: Must be None.
+            priority: For all conversations, or one number for each.
             chat_template: Jinja template to use instead of the model's.
             chat_template_content_format: What the template takes as content: "string", "openai" (a
                 list of parts), or "auto", which reads it from the template.
@@ -170,29 +325,29 @@ class LLM:
             continue_final_message: Let the model go on with the last message instead.
             tools: Function descriptions for the template.
             chat_template_kwargs: Further variables of the template; they win over the arguments.
+            tokenization_kwargs: As for ``generate``; special tokens are the template's affair.
+            mm_processor_kwargs: Must be None.
 
         Raises:
             ValueError: As ``generate``; also if the template refuses a conversation.
         """
+        refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         tokenizer = self._require_tokenizer()
         arguments = {
-            "chat_template": chat_template,
+            "chat_template": chat_template or self._chat_template,
             "content_format": chat_template_content_format,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
         }
         options = ChatOptions.merged(arguments, chat_template_kwargs)
-        prompts = [
+        texts = [
             tokenizer.render(conversation, options)
             for conversation in split_conversations(messages)
         ]
-        token_ids = tokenizer.encode_batch(prompts, add_special_tokens=False)
-        inputs = [
-            {"prompt": prompt, "prompt_token_ids": ids}
-            for prompt, ids in zip(prompts, token_ids, strict=True)
-        ]
-        return self.generate(inputs, sampling_params, use_tqdm=use_tqdm)
+        inputs = self._encode(texts, {"add_special_tokens": False, **(tokenization_kwargs or {})})
+        params = self._params_for(len(inputs), sampling_params)
+        return self._generate(inputs, params, priority, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -202,7 +357,8 @@ class LLM:
         Closing the iterator early aborts the request.
         """
         (params,) = self._params_for(1, sampling_params)
-        yield from self._outputs_of(*self._add_all(self._encode([prompt]), [params], [0]))
+        requests = self._new_requests(self._encode([prompt]), [params])
+        yield from self._requests.outputs_of(*self._requests.add(requests))
 
     def add_request(
         self,
@@ -210,6 +366,10 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         messages: Sequence[Message] | None = None,
+        request_id: str | None = None,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
     ) -> str:
         """Queue one request beside those that run; ``step`` brings its outputs.
 
@@ -217,6 +377,10 @@ class LLM:
             prompt: As for ``generate``.
             sampling_params: None takes the model's defaults.
             messages: A conversation for the model's chat template, in place of the prompt.
+            request_id: Its name; None makes one.
+            lora_request: Must be None.
+            tokenization_kwargs: As for ``generate``.
+            priority: Smaller first; needs ``scheduling_policy="priority"``.
 
         Returns:
             The request id, for ``abort_request`` and in its outputs.
@@ -226,14 +390,17 @@ class LLM:
         """
         if (prompt is None) == (messages is None):
             raise ValueError("a request needs either a prompt or messages, and not both")
+        refuse_foreign(lora_request=lora_request)
         if messages is not None:
-            tokenizer = self._require_tokenizer()
-            text = tokenizer.render_chat(messages)
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            prompt = {"prompt": text, "prompt_token_ids": token_ids}
+            options = ChatOptions(chat_template=self._chat_template)
+            prompt = self._require_tokenizer().render(messages, options)
+            tokenization_kwargs = {"add_special_tokens": False, **(tokenization_kwargs or {})}
         assert prompt is not None
         (params,) = self._params_for(1, sampling_params)
-        (request_id,), _ = self._add_all(self._encode([prompt]), [params], [0], self._news)
+        inputs = self._encode([prompt], tokenization_kwargs)
+        requests = self._new_requests(inputs, [params], priority)
+        names = None if request_id is None else [request_id]
+        (request_id,), _ = self._requests.add(requests, self._news, names)
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -241,33 +408,126 @@ class LLM:
 
         If it raises, all of these are to be aborted; the model can be used again after that.
         """
-        with self._lock:
-            with interrupts_deferred():
-                if not self._news:
-                    self._step(self._news)
-            news = list(self._news)
-            self._news.clear()
-            outputs = [each for each in news if isinstance(each, RequestOutput)]
-            for output in outputs:
-                if output.finished:
-                    del self._inboxes[output.request_id]
-        for each in news:
-            if isinstance(each, BaseException):
-                raise each
-        return outputs
+        return self._requests.step(self._news)
 
     def abort_request(self, request_id: str) -> None:
         """End a request of ``add_request``; no output comes for it any more."""
-        self._abort_all([request_id])
+        self._requests.abort([request_id])
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; returns False if requests still run."""
-        with self._lock:
+        with self._requests.lock:
             return self.engine.reset_prefix_cache()
 
-    def get_metrics(self) -> Any:
+    def stats(self) -> SchedulerStats:
         """Counters of the scheduler and the KV cache (usage, waste, hits, preemptions)."""
-        return self.engine.stats()
+        with self._requests.lock:
+            return self.engine.stats()
+
+    def get_metrics(self) -> list[Metric]:
+        """Return the metrics of this moment, under vLLM's names."""
+        return metrics_of(
+            self.stats(),
+            num_prompt_tokens=self._requests.num_finished_tokens["prompt"],
+            num_generation_tokens=self._requests.num_finished_tokens["generation"],
+            model=self.engine_config.model,
+        )
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Begin a trace of host and devices in ``profiler_dir`` (for TensorBoard or Perfetto).
+
+        Args:
+            profile_prefix: Name of a directory below it.
+        """
+        directory = Path(self.engine_config.profiler_dir) / (profile_prefix or "")
+        jax.profiler.start_trace(str(directory))
+
+    def stop_profile(self) -> None:
+        """End the trace and write it."""
+        jax.profiler.stop_trace()
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give the devices' memory back until ``wake_up``; no request may run then.
+
+        Args:
+            level: 0 keeps everything; 1 keeps the weights in the host's memory; 2 forgets them, and
+                they are loaded anew.
+            mode: What becomes of running requests; only "abort".
+
+        Raises:
+            ValueError: If the level is none of these, or the engine has several hosts.
+        """
+        if level not in (0, 1, 2) or mode != "abort":
+            raise ValueError(f"sleep has levels 0, 1 and 2 and mode 'abort', got {level}, {mode!r}")
+        if self.engine_config.nnodes > 1:
+            raise ValueError("an engine of several hosts cannot sleep: end it instead")
+        with self._requests.lock:
+            self._requests.run_empty()
+            self.engine.reset_prefix_cache()
+            if level and self._sleeping is None:
+                stages = [stage for each in self._replicas for stage in each.runner.stages]
+                self._sleeping = SleepingStages(stages, keeps_weights=level == 1)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Take the memory again; everything at once, whatever tags are given.
+
+        Returns:
+            True: the engine is awake.
+        """
+        del tags
+        with self._requests.lock:
+            if self._sleeping is not None:
+                load = functools.partial(load_weights, self.engine_config, self._checkpoint)
+                self._sleeping.wake_up(load)
+                self._sleeping = None
+        return True
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method of each replica's ``ModelRunner``, or a function with it.
+
+        Args:
+            method: Name of the method, or the function.
+            timeout: Without effect: the call runs here.
+            args: Further arguments.
+            kwargs: Likewise.
+
+        Returns:
+            One result a replica.
+
+        Raises:
+            ValueError: If there is no such method.
+        """
+        del timeout
+        with self._requests.lock:
+            runners = [replica.runner for replica in self._replicas]
+            if callable(method):
+                return [method(runner, *args, **(kwargs or {})) for runner in runners]
+            if not callable(getattr(runners[0], method, None)):
+                raise ValueError(f"ModelRunner has no method {method!r}: give a function")
+            return [getattr(runner, method)(*args, **(kwargs or {})) for runner in runners]
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with the module (``flax.nnx``) of each pipeline stage of each replica.
+
+        What it changes in the module is lost: the engine's weights stay as they are.
+        """
+        with self._requests.lock:
+            stages = [stage for each in self._replicas for stage in each.runner.stages]
+            return [func(merge_params(stage.parts.definition, stage.params)) for stage in stages]
+
+    @property
+    def _replicas(self) -> tuple[Engine, ...]:
+        return self.engine.replicas if isinstance(self.engine, ReplicaGroup) else (self.engine,)
+
+    @property
+    def _max_model_len(self) -> int:
+        return self._replicas[0].scheduler.max_model_len
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -277,43 +537,56 @@ class LLM:
             )
         return self._tokenizer
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        """Bring every prompt into the form (text or None, token ids)."""
+    def _encode(
+        self, prompts: Sequence[Prompt], tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> list[EncodedPrompt]:
+        """Bring every prompt into one form: text or None, token ids, cache salt."""
+        options = TokenizationOptions.of(tokenization_kwargs)
         parsed = [parse_prompt(prompt) for prompt in prompts]
         texts = [each.text for each in parsed if each.token_ids is None and each.text is not None]
-        encoded = iter(self._require_tokenizer().encode_batch(texts) if texts else [])
-        vocab_size = self.engine.model_config.vocab_size
-        return [
-            EncodedPrompt(
-                text, checked(number, next(encoded) if ids is None else ids, vocab_size), salt
-            )
-            for number, (text, ids, salt) in enumerate(parsed)
-        ]
+        encoded: Iterator[Sequence[int]] = iter(())
+        if texts:
+            tokenizer = self._require_tokenizer()
+            encoded = iter(tokenizer.encode_batch(texts, options.add_special_tokens))
+        vocab_size, longest = self.engine.model_config.vocab_size, self._max_model_len
+        inputs = []
+        for number, (text, ids, salt) in enumerate(parsed):
+            ids = options.truncated(next(encoded) if ids is None else ids, longest)
+            inputs.append(EncodedPrompt(text, checked(number, ids, vocab_size), salt))
+        return inputs
+
+    def _with_texts(
+        self, sequences: list[BeamSearchSequence], params: BeamSearchParams
+    ) -> BeamSearchOutput:
+        if self._tokenizer is not None:
+            for beam in sequences:
+                beam.text = self._tokenizer.decode(beam.tokens, params.skip_special_tokens)
+        return BeamSearchOutput(sequences)
+
+    def _generate(
+        self,
+        inputs: Sequence[EncodedPrompt],
+        params: Sequence[SamplingParams],
+        priority: int | Sequence[int] | None,
+        use_tqdm: bool | MakeBar,
+    ) -> list[RequestOutput]:
+        final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
+        requests = self._new_requests(inputs, final, priority)
+        return self._run_to_end(*self._requests.add(requests), use_tqdm)
 
     def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
+        """Complete the parameters of each prompt, before any of them is queued."""
         if params is None:
             params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            params = [params] * num_prompts
-        if len(params) != num_prompts:
-            raise ValueError(
-                f"{len(params)} sampling_params were given for {num_prompts} prompts: give one "
-                "for all, or one for each"
-            )
-        return [self._complete(each) for each in params]
+        if isinstance(params, SamplingParams):  # of all prompts: completed once
+            return as_params(self._complete(params), num_prompts)
+        return [self._complete(each) for each in as_params(params, num_prompts)]
 
     def _complete(self, params: SamplingParams) -> SamplingParams:
         """Check the limits that the model and the engine set, and tokenize the bad words."""
-        limit, vocab_size = self.engine_config.max_logprobs, self.engine.model_config.vocab_size
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(params, name)
-            wanted = vocab_size if wanted == -1 else wanted
-            if wanted is not None and wanted > limit and limit != -1:
-                raise ValueError(
-                    f"{name} {wanted} is more than max_logprobs {limit}: ask for fewer or raise "
-                    "--max-logprobs (-1 allows the whole vocabulary)"
-                )
-        _check_token_ids(params, vocab_size)
+        vocab_size = self.engine.model_config.vocab_size
+        check_logprobs(params, self.engine_config.max_logprobs, vocab_size)
+        check_token_ids(params, vocab_size)
         if not params.bad_words:
             return params
         bad_ids = self._require_tokenizer().bad_words_token_ids(params.bad_words)
@@ -341,158 +614,33 @@ class LLM:
             )
         return self._constraints
 
-    def _add_all(
+    def _new_requests(
         self,
         inputs: Sequence[EncodedPrompt],
         params: Sequence[SamplingParams],
-        priorities: Sequence[int],
-        inbox: Inbox | None = None,
-    ) -> tuple[list[str], Inbox]:
-        """Queue all prompts, or none of them if one is refused.
-
-        Args:
-            inputs: The prompts.
-            params: One for each.
-            priorities: One for each.
-            inbox: Where their outputs are put; None makes a new one.
-
-        Returns:
-            Their request ids, and the inbox.
-        """
+        priority: int | Sequence[int] | None = None,
+    ) -> list[NewRequest]:
+        """Put together what the engine is asked for, and compile the grammars."""
+        if self._sleeping is not None:
+            raise ValueError("the engine sleeps: call wake_up first")
+        priorities = as_priorities(priority, len(inputs))
         for each in params:  # side by side, before the first is waited for
             if each.structured_outputs is not None:
                 self._constraint_factory().prepare(each)
-        makers = [
-            self._constraint_maker(each, prompt.token_ids)
-            for prompt, each in zip(inputs, params, strict=True)
+        return [
+            NewRequest(prompt, each, number, self._constraint_maker(each, prompt.token_ids))
+            for prompt, each, number in zip(inputs, params, priorities, strict=True)
         ]
-        request_ids: list[str] = []
-        inbox = collections.deque() if inbox is None else inbox
-        with self._lock:
-            try:
-                for request in zip(inputs, params, priorities, makers, strict=True):
-                    request_id = str(next(self._request_numbers))
-                    request_ids.append(request_id)
-                    self._inboxes[request_id] = inbox
-                    self._add(request_id, *request)
-            except BaseException:
-                self._abort_all(request_ids)
-                raise
-        return request_ids, inbox
-
-    def _add(
-        self,
-        request_id: str,
-        prompt: EncodedPrompt,
-        params: SamplingParams,
-        priority: int,
-        new_constraint: Callable[[], TokenConstraint | None],
-    ) -> None:
-        text, token_ids, cache_salt = prompt
-        children = self._processor.add_request(request_id, text, token_ids.tolist(), params)
-        for child in children:
-            self.engine.add_request(
-                child.request_id,
-                token_ids,
-                child.sampling_params,
-                priority=priority,
-                constraint=new_constraint(),
-                cache_salt=cache_salt,
-            )
-
-    def _abort_all(self, request_ids: Sequence[str]) -> None:
-        with self._lock:
-            for request_id in request_ids:
-                self._inboxes.pop(request_id, None)
-                for child_id in self._processor.abort(request_id):
-                    self.engine.abort(child_id)
-
-    def _outputs_of(self, request_ids: Sequence[str], inbox: Inbox) -> Iterator[RequestOutput]:
-        """Step until these are finished; leaving earlier, for whatever reason, aborts them.
-
-        Several callers may take turns (threads, open streams): each gets its own outputs.
-        """
-        num_unfinished = len(request_ids)
-        try:
-            while num_unfinished:
-                output = self._next_output(inbox)
-                num_unfinished -= output.finished
-                yield output
-        finally:
-            self._abort_all(request_ids)
-
-    def _next_output(self, inbox: Inbox) -> RequestOutput:
-        while not inbox:
-            with self._lock:  # each step anew, so that those who wait get their turn
-                if inbox:
-                    break
-                with interrupts_deferred():
-                    if not self.engine.has_unfinished_requests:
-                        raise RuntimeError(
-                            "a request ended without an output: it was aborted elsewhere"
-                        )
-                    self._step(inbox)
-        news = inbox.popleft()
-        if isinstance(news, BaseException):
-            raise news
-        return news
-
-    @paused_garbage_collection()  # what a step makes is gone when it returns
-    def _step(self, own: Inbox) -> None:
-        """Run one step of the engine; put the outputs that it changed into their inboxes.
-
-        If it fails, every request has ended: the caller gets the error itself, and the inboxes of
-        all others one that names it.
-        """
-        try:
-            self._process(self.engine.step())
-        except BaseException as error:
-            for inbox in {id(each): each for each in self._inboxes.values()}.values():
-                if inbox is not own:
-                    failure = RuntimeError(f"a step of the engine has failed: {error!r}")
-                    failure.__cause__ = error
-                    inbox.append(failure)
-            raise
-
-    def _process(self, result: StepResult) -> None:
-        if (step := result.step) is None:
-            return
-        if step.prompt_scores is not None:
-            for chunk, arrays in step.prompt_scores.on_host():
-                self._processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
-        processed = self._processor.process(result.outputs, step.logprobs())
-        for stopped in processed.stopped:
-            self.engine.finish(stopped.request_id, stopped.stop_reason)
-        for output in processed.request_outputs:
-            self._inboxes[output.request_id].append(output)
 
     def _run_to_end(
-        self, request_ids: Sequence[str], inbox: Inbox, use_tqdm: bool
+        self, request_ids: Sequence[str], inbox: Inbox, use_tqdm: bool | MakeBar
     ) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        with Progress(len(request_ids), disable=not use_tqdm) as progress:
-            for output in self._outputs_of(request_ids, inbox):
+        with (
+            Progress(len(request_ids), use_tqdm, lambda: watch.seconds) as progress,
+            CompileWatch(progress.say_compiling) as watch,
+        ):
+            for output in self._requests.outputs_of(request_ids, inbox):
                 finished[output.request_id] = output
                 progress.update(output)
         return [finished[request_id] for request_id in request_ids]
-
-
-def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "logprob_token_ids"):
-        outside = [i for i in getattr(params, name) or () if not 0 <= i < vocab_size]
-        if outside:
-            raise ValueError(
-                f"{name} holds {outside[0]}, which is not in the vocabulary of {vocab_size}: use "
-                "ids of this model's tokenizer"
-            )
-
-
-def _load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None) -> Tokenizer:
-    """Load the tokenizer named, or the one that lies with the model."""
-    generation_config = {"eos_token_id": checkpoint.eos_token_ids}
-    if tokenizer is not None and not tokenizer.endswith(".gguf"):
-        return load_tokenizer(tokenizer, generation_config=generation_config)
-    source = checkpoint if tokenizer is None else open_model(tokenizer)
-    with tempfile.TemporaryDirectory(prefix="jaxengine-tokenizer-") as directory:
-        source.write_tokenizer(Path(directory))
-        return load_tokenizer(directory, generation_config=generation_config)

@@ -3,7 +3,7 @@
 Standard library only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,62 @@ class Logprob:
     decoded_token: str | None = None
 
 
+class FlatLogprobs(Sequence[dict[int, Logprob] | None]):
+    """Logprobs of many tokens in a few lists, read like a list of dictionaries.
+
+    A list of dictionaries makes an object an entry, each of which the garbage collector visits;
+    this one makes the dictionary of a token when it is read.
+
+    Attributes:
+        start_indices: Where the entries of each token begin in the lists below.
+        end_indices: Where they end; a token without entries (the first of a prompt) has none.
+        token_ids: Of the entries, token after token.
+        logprobs: Likewise.
+        ranks: Likewise.
+        decoded_tokens: Likewise.
+    """
+
+    def __init__(self, entries: Iterable[dict[int, Logprob] | None] = ()) -> None:
+        self.start_indices: list[int] = []
+        self.end_indices: list[int] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.ranks: list[int | None] = []
+        self.decoded_tokens: list[str | None] = []
+        for each in entries:
+            self.append(each)
+
+    def append(self, entry: dict[int, Logprob] | None) -> None:
+        """Add the entries of the next token."""
+        self.start_indices.append(len(self.token_ids))
+        for token_id, logprob in (entry or {}).items():
+            self.token_ids.append(token_id)
+            self.logprobs.append(logprob.logprob)
+            self.ranks.append(logprob.rank)
+            self.decoded_tokens.append(logprob.decoded_token)
+        self.end_indices.append(len(self.token_ids))
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return FlatLogprobs(self[each] for each in range(*index.indices(len(self))))
+        rows = range(self.start_indices[index], self.end_indices[index])
+        return {
+            self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i])
+            for i in rows
+        } or None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 # One entry per token: token id -> Logprob. In a prompt the first entry is None.
-SampleLogprobs = list[dict[int, Logprob]]
-PromptLogprobs = list[dict[int, Logprob] | None]
+SampleLogprobs = list[dict[int, Logprob]] | FlatLogprobs
+PromptLogprobs = list[dict[int, Logprob] | None] | FlatLogprobs
 
 
 @dataclass(slots=True)
@@ -64,24 +117,20 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: When the request came in.
-        first_scheduled_time: When it first ran; None while waiting.
         first_token_time: When its first token reached the caller's side.
         last_token_time: When its newest token did.
         finished_time: When it ended.
         num_generation_tokens: Tokens generated over all outputs.
-        num_preemptions: How often its blocks were taken away.
     """
 
     arrival_time: float
-    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
     num_generation_tokens: int = 0
-    num_preemptions: int = 0
 
     @property
-    def time_to_first_token_s(self) -> float | None:
+    def first_token_latency(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 

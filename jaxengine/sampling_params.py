@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+from jaxengine.compat.sampling_fields import takes_former_fields
 from jaxengine.structured.params import StructuredOutputsParams, as_params
 
 MAX_NUM_SEQS_PER_PROMPT = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
@@ -35,6 +36,7 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing until the request ends
 
 
+@takes_former_fields
 @dataclass
 class SamplingParams:
     """Sampling parameters of one request.
@@ -61,6 +63,8 @@ class SamplingParams:
         min_tokens: Stop tokens and stop strings are ignored before this many tokens.
         logprobs: Also return this many top logprobs per output token; -1 means all.
         prompt_logprobs: The same for the tokens of the prompt.
+        flat_logprobs: Return logprobs as ``FlatLogprobs``: a few lists, however many tokens.
+        skip_reading_prefix_cache: Compute the whole prompt, whatever is cached of it.
         detokenize: Produce text.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens in the text.
@@ -99,6 +103,8 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    flat_logprobs: bool = False
+    skip_reading_prefix_cache: bool | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -121,6 +127,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_tokens()
         self._check_text()
+        _check_integers("extra_args", self.extra_args)
 
     @property
     def is_greedy(self) -> bool:
@@ -177,6 +184,12 @@ class SamplingParams:
         if index > 0:
             child.prompt_logprobs = None  # they are computed once
         return child
+
+    @classmethod
+    def from_optional(cls, **values: Any) -> "SamplingParams":
+        """Make parameters from values of which None stands for the default."""
+        # None is a value of max_tokens: as many as the model can.
+        return cls(**{k: v for k, v in values.items() if v is not None or k == "max_tokens"})
 
     def with_seed(self, seed: int) -> "SamplingParams":
         """Return a copy with the seed that the engine has picked."""
@@ -255,10 +268,6 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0, "use 0 or -1 to keep all tokens")
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), "use an integer of 64 bits")
-            if self.seed >= 2**64:
-                raise ValueError(
-                    f"seed must be below 2**64, got {self.seed}; use an integer of 64 bits"
-                )
         if self.is_greedy:
             self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
 
@@ -328,6 +337,18 @@ class SamplingParams:
                 raise ValueError(f"bad_words must hold non-empty strings, got {word!r}")
 
 
+def _check_integers(name: str, value: Any) -> None:
+    """Refuse integers that no message to another process can carry, however deep they lie."""
+    if isinstance(value, Mapping):
+        for each in (*value.keys(), *value.values()):
+            _check_integers(name, each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_integers(name, each)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} holds {value}: integers must fit in 64 bits")
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
@@ -351,6 +372,8 @@ def _check_int(name: str, value: Any, minimum: int, remedy: str) -> None:
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}; {remedy}")
+    if value >= 2**64:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}; {remedy}")
 
 
 def _check_token_ids(name: str, token_ids: Iterable[Any]) -> None:

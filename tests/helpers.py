@@ -26,6 +26,7 @@ from jaxengine.model_config import ModelConfig
 from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.outputs import RequestOutput
+from jaxengine.request_loop import RequestLoop
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.sharding import LOGITS_SPEC, held_kv_heads, make_mesh
 from jaxengine.weights import load_params, merge_params, open_model, param_specs
@@ -214,6 +215,7 @@ def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **
     }
     assert num_blocks <= scheduler.block_pool.num_blocks
     other = copy.copy(llm)
+    other.__dict__.pop("llm_engine", None)
     other.engine = Engine(
         Scheduler(
             block_pool=BlockPool(num_blocks, scheduler.block_pool.block_size),
@@ -224,6 +226,7 @@ def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **
         model_config=engine.model_config,
         eos_token_ids=engine.eos_token_ids,
     )
+    other._requests = RequestLoop(other.engine, llm._requests.processor)
     return other
 
 

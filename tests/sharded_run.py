@@ -51,7 +51,7 @@ def run(llm: LLM) -> dict[str, Any]:
     return {
         "first": output_ids(first),
         "second": output_ids(second),
-        "num_preemptions": llm.get_metrics().num_preemptions,
+        "num_preemptions": llm.stats().num_preemptions,
         "num_cached_tokens": second[0].num_cached_tokens,
     }
 

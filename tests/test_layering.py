@@ -79,7 +79,11 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 OF_OURS: dict[str, tuple[str, ...]] = {
     "pallas_kernels/*": ("jaxengine.pallas_kernels",),
     "convert/*": ("jaxengine.convert",),
-    "jaxengine/sampling_params.py": ("jaxengine.structured.params",),
+    "jaxengine/sampling_params.py": (
+        "jaxengine.structured.params",
+        "jaxengine.compat.sampling_fields",
+    ),
+    "jaxengine/compat/[!d]*": ("jaxengine.compat", "jaxengine.config"),
     "jaxengine/structured/params.py": (),
     "jaxengine/server/parsers/*": ("jaxengine.server.parsers", "jaxengine.structured"),
     "jaxengine/engine/scheduling/*": ("jaxengine.engine.scheduling", "jaxengine.sampling_params"),

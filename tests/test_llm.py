@@ -215,7 +215,7 @@ def test_a_seed_decides_the_tokens_whatever_shares_the_batch(llm: LLM) -> None:
     assert generate_ids(llm, CROWD, seeded) == alone
     small = with_scheduler(llm, num_blocks=6)
     assert generate_ids(small, CROWD, seeded) == alone
-    assert small.get_metrics().num_preemptions > 0
+    assert small.stats().num_preemptions > 0
     other = generate_ids(llm, [CROWD[0]], SamplingParams(seed=9, max_tokens=20, ignore_eos=True))
     assert other[0] != alone[0]
 
@@ -244,7 +244,7 @@ def test_the_outputs_of_a_prompt_find_its_blocks_in_the_prefix_cache(llm: LLM) -
     fresh = with_scheduler(llm)
     params = SamplingParams(n=3, seed=5, max_tokens=4, ignore_eos=True)
     fresh.generate([PROMPTS[2]], params, use_tqdm=False)
-    stats = fresh.get_metrics()
+    stats = fresh.stats()
     assert stats.prefix_cache_queries == 3 * 40
     assert stats.prefix_cache_hits > 0
 
@@ -300,7 +300,7 @@ def test_penalties_change_the_logits_as_defined(
     assert generate_ids(llm, CROWD, params) == expected
     small = with_scheduler(llm, num_blocks=6)
     assert generate_ids(small, CROWD, params) == expected
-    assert small.get_metrics().num_preemptions > 0
+    assert small.stats().num_preemptions > 0
 
 
 # Where an output ends.
@@ -424,7 +424,7 @@ def test_prompt_logprobs_are_those_of_transformers(
 def test_prompt_logprobs_survive_preemption(llm: LLM, hf_model: Any) -> None:
     small = with_scheduler(llm, num_blocks=6)
     outputs = small.generate(CROWD, greedy(20, prompt_logprobs=0), use_tqdm=False)
-    assert small.get_metrics().num_preemptions > 0
+    assert small.stats().num_preemptions > 0
     for output in outputs:
         prompt = output.prompt_token_ids
         expected = hf_logprobs(hf_model, prompt)
@@ -487,7 +487,7 @@ def test_an_interrupt_between_steps_leaves_a_usable_engine(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate_ids(llm, PROMPTS, greedy(10))
-    process, calls = llm._processor.process, []
+    process, calls = llm._requests.processor.process, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
@@ -495,7 +495,7 @@ def test_an_interrupt_between_steps_leaves_a_usable_engine(
             raise KeyboardInterrupt
         return process(*args)
 
-    monkeypatch.setattr(llm._processor, "process", interrupted)
+    monkeypatch.setattr(llm._requests.processor, "process", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, greedy(10), use_tqdm=False)
     assert llm.engine.scheduler.block_pool.num_held_blocks == 0
@@ -563,7 +563,7 @@ def test_a_step_that_fails_ends_the_calls_of_all_threads_and_the_engine_goes_on(
     execute, num_threads = llm.engine.runner.execute, 3
 
     def fail(step: Any) -> Any:
-        if len(llm._inboxes) == num_threads * len(PROMPTS):  # all have come
+        if len(llm._requests.request_ids) == num_threads * len(PROMPTS):  # all have come
             monkeypatch.undo()
             raise MemoryError("the device is full")
         return execute(step)
@@ -649,7 +649,7 @@ def test_metrics_of_a_request_are_in_their_order(llm: LLM) -> None:
 def test_priorities_decide_who_goes_first(llm: LLM) -> None:
     ordered = with_scheduler(llm, policy="priority")
     finished: list[int] = []
-    process = ordered._processor.process
+    process = ordered._requests.processor.process
 
     def record(*args: Any) -> Any:
         result = process(*args)
@@ -658,6 +658,6 @@ def test_priorities_decide_who_goes_first(llm: LLM) -> None:
 
     prompts = random_prompts(10, 11, 12, 13, 14, 15)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ordered._processor, "process", record)
+        patch.setattr(ordered._requests.processor, "process", record)
         ordered.generate(prompts, greedy(8), use_tqdm=False, priority=[5, 4, 3, 2, 1, 0])
     assert sorted(finished[-2:]) == [10, 11]

@@ -88,7 +88,7 @@ def test_preempted_requests_give_the_reference_tokens(smollm: LLM, max_in_flight
     # They need 3, 4 and 5 blocks of 16 tokens to the end; there are 7.
     llm = with_scheduler(smollm, num_blocks=8, max_in_flight=max_in_flight)
     assert output_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == EXPECTED
-    assert llm.get_metrics().num_preemptions > 0
+    assert llm.stats().num_preemptions > 0
     assert_idle(llm)
 
 
@@ -97,7 +97,7 @@ def test_cached_prefixes_give_the_reference_tokens(smollm: LLM, max_in_flight: i
     llm = with_scheduler(smollm, num_blocks=49, max_in_flight=max_in_flight)
     chat, expected = PROMPTS[2], EXPECTED[2]
     llm.generate([chat], PARAMS, use_tqdm=False)
-    assert llm.get_metrics().prefix_cache_hits == 0
+    assert llm.stats().prefix_cache_hits == 0
     again = llm.generate([chat, chat + expected[:20]], PARAMS, use_tqdm=False)
     assert again[0].outputs[0].token_ids == expected
     assert again[1].outputs[0].token_ids[:20] == expected[20:]

@@ -184,8 +184,8 @@ def test_in_a_mixed_batch_every_request_gets_what_it_gets_alone(
     ]
     small = with_scheduler(llm, num_blocks=8, max_in_flight=max_in_flight)
     found = small.generate(prompts, params, use_tqdm=False)
-    assert small.get_metrics().num_preemptions > 0
-    assert small.get_metrics().prefix_cache_hits > 0
+    assert small.stats().num_preemptions > 0
+    assert small.stats().prefix_cache_hits > 0
     assert output_ids(found) == output_ids(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.outputs[0].finish_reason == other.outputs[0].finish_reason

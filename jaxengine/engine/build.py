@@ -101,7 +101,7 @@ def build_runner(
         # Before the weights and the cache are there: XLA tries out products in the free memory.
         runner.compile_all(show_progress=not config.disable_log_stats)
     compiled = time.perf_counter()
-    runner.start([_load(config, checkpoint, stage.parts) for stage in runner.stages])
+    runner.start([load_weights(config, checkpoint, stage.parts) for stage in runner.stages])
     if limits.compiles_at_start:
         runner.warm_up_samplers()
     startup = Startup(
@@ -196,6 +196,7 @@ def _new_runner(
         max_num_seqs=limits.max_num_seqs,
         max_in_flight=max_in_flight,
         hooks=hooks,
+        logprobs_mode=config.logprobs_mode,
     )
 
 
@@ -281,7 +282,8 @@ def _peer_memory(
     return PeerMemory(parts.mesh, inbox_layout(len(devices), max_elements))
 
 
-def _load(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:
+def load_weights(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:
+    """Load a stage's weights onto its devices; returns when they are there."""
     if config.load_format == "dummy":
         params = random_params(parts.specs, parts.mesh, config.seed)
     else:

@@ -38,7 +38,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: jax.Device)
     is_hopper = any(name in device.device_kind for name in ("H100", "H200", "B200", "GH200"))
     # A CPU gains nothing from longer steps than 512, and padding them costs it real time.
     tokens, seqs = (16384, 1024) if is_hopper else (512, 256) if is_cpu else (8192, 256)
-    max_num_seqs = config.max_num_seqs or seqs
+    max_num_seqs = config.max_num_seqs or min(seqs, config.max_num_batched_tokens or seqs)
     budget = config.max_num_batched_tokens or max(tokens, max_num_seqs)
     if budget < max_num_seqs:
         raise ValueError(

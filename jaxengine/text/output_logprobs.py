@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxengine.engine.sampling.logprobs import TokenLogprobs
-from jaxengine.outputs import Logprob, PromptLogprobs, SampleLogprobs
+from jaxengine.outputs import FlatLogprobs, Logprob, PromptLogprobs, SampleLogprobs
 
 TokenText = Callable[[int, Sequence[int]], str]  # of a token behind others
 NUM_CONTEXT_TOKENS = 6  # a character can be split over four tokens
@@ -74,17 +74,23 @@ class SampleLogprobsList:
     Args:
         builder: Builds the entries.
         prompt_token_ids: The prompt, which may have begun the first token's character.
+        is_flat: Keep them as ``FlatLogprobs``.
 
     Attributes:
         cumulative: Sum of the logprobs of all its tokens.
         entries: One dictionary per token.
     """
 
-    def __init__(self, builder: LogprobsBuilder, prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        builder: LogprobsBuilder,
+        prompt_token_ids: Sequence[int] = (),
+        is_flat: bool = False,
+    ) -> None:
         self._builder = builder
         self._context = deque(prompt_token_ids[-NUM_CONTEXT_TOKENS:], NUM_CONTEXT_TOKENS)
         self.cumulative = 0.0
-        self.entries: SampleLogprobs = []
+        self.entries: SampleLogprobs = FlatLogprobs() if is_flat else []
 
     def append(self, arrays: TokenLogprobs, row: int, token_id: int) -> None:
         """Add the entry of a token that the step sampled in a row."""
@@ -100,12 +106,21 @@ class PromptLogprobsList:
     Args:
         builder: Builds the entries.
         prompt_token_ids: The prompt.
+        is_flat: Give them as ``FlatLogprobs``.
     """
 
-    def __init__(self, builder: LogprobsBuilder, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, builder: LogprobsBuilder, prompt_token_ids: Sequence[int], is_flat: bool = False
+    ) -> None:
         self._builder = builder
         self._prompt_token_ids = prompt_token_ids
-        self.entries: PromptLogprobs = [None] * len(prompt_token_ids)
+        self._entries: list[dict[int, Logprob] | None] = [None] * len(prompt_token_ids)
+        self._is_flat = is_flat
+
+    @property
+    def entries(self) -> PromptLogprobs:
+        """One dictionary per token, the first None."""
+        return FlatLogprobs(self._entries) if self._is_flat else self._entries
 
     def add_chunk(self, arrays: TokenLogprobs, start: int) -> None:
         """Take in the logprobs of consecutive prompt tokens.
@@ -119,4 +134,4 @@ class PromptLogprobsList:
             index = start + row
             token_id = self._prompt_token_ids[index]
             context = self._prompt_token_ids[max(0, index - NUM_CONTEXT_TOKENS) : index]
-            self.entries[index] = self._builder.build(arrays, row, token_id, context)
+            self._entries[index] = self._builder.build(arrays, row, token_id, context)

@@ -109,7 +109,9 @@ class OutputProcessor:
         prompt_logprobs = params.prompt_logprobs
         if prompt_logprobs is not None:
             builder = LogprobsBuilder(prompt_logprobs, self._token_text(params))
-            request.prompt_logprobs = PromptLogprobsList(builder, prompt_token_ids)
+            request.prompt_logprobs = PromptLogprobsList(
+                builder, prompt_token_ids, params.flat_logprobs
+            )
         self._requests[request_id] = request
         children = _engine_requests(request_id, params)
         for index, child in enumerate(children):
@@ -194,7 +196,7 @@ class OutputProcessor:
         if params.num_logprobs is not None:
             extra_ids = params.logprob_token_ids or ()
             builder = LogprobsBuilder(params.num_logprobs, self._token_text(params), extra_ids)
-            logprobs = SampleLogprobsList(builder, request.prompt_token_ids)
+            logprobs = SampleLogprobsList(builder, request.prompt_token_ids, params.flat_logprobs)
         return Completion(child.request_id, index, request, text, logprobs)
 
     def _token_text(self, params: SamplingParams) -> TokenText | None:

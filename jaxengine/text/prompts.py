@@ -1,6 +1,7 @@
 """The forms that a prompt may have, brought into one: text or None, and token ids."""
 
 import contextlib
+import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -58,6 +59,48 @@ class EncodedPrompt(NamedTuple):
     text: str | None
     token_ids: "array[int]"
     cache_salt: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizationOptions:
+    """How text becomes tokens, as ``tokenization_kwargs`` of vLLM.
+
+    Attributes:
+        add_special_tokens: Add what the tokenizer puts around a text.
+        truncate_prompt_tokens: Most tokens of a prompt; -1 is what the model can read.
+        truncation_side: Where tokens are dropped.
+    """
+
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None) -> "TokenizationOptions":
+        """Read ``tokenization_kwargs``.
+
+        Raises:
+            ValueError: If one of them is not known or not possible.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in (options or {}).items() if value is not None}
+        for name in given.keys() - known:
+            raise ValueError(f"tokenization_kwargs has no {name!r}: use {', '.join(sorted(known))}")
+        result = cls(**given)
+        limit = result.truncate_prompt_tokens
+        if limit is not None and (not isinstance(limit, int) or limit < -1 or limit == 0):
+            raise ValueError(f"truncate_prompt_tokens must be -1 or at least 1, got {limit!r}")
+        if result.truncation_side not in ("left", "right"):
+            raise ValueError(f"truncation_side is {result.truncation_side!r}: use left or right")
+        return result
+
+    def truncated(self, token_ids: Sequence[int], max_model_len: int) -> Sequence[int]:
+        """Return the tokens that stay; one of the model's length is left for the output."""
+        limit = self.truncate_prompt_tokens
+        if limit is None:
+            return token_ids
+        limit = max_model_len - 1 if limit == -1 else limit
+        return token_ids[-limit:] if self.truncation_side == "left" else token_ids[:limit]
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

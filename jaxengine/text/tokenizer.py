@@ -253,7 +253,7 @@ class Tokenizer:
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
                 tools=list(options.tools) if options.tools else None,
-                documents=options.documents,
+                documents=list(options.documents) if options.documents else None,
                 tokenize=False,
                 **options.variables,
             )

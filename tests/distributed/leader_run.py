@@ -55,7 +55,7 @@ def generate(llm: LLM) -> dict[str, Any]:
         "greedy": output_ids(first),
         "greedy_again": output_ids(second),
         "num_cached_tokens": second[0].num_cached_tokens,
-        "num_preemptions": llm.get_metrics().num_preemptions,
+        "num_preemptions": llm.stats().num_preemptions,
         "sampled": output_ids(sampled),
         "structured": output_ids(structured),
         "logprobs": [round(output.outputs[0].cumulative_logprob, 2) for output in sampled],

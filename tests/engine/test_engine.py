@@ -73,7 +73,7 @@ def test_under_stress_every_request_gets_the_tokens_it_gets_alone(
             assert tokens == reference.output_token_ids
             assert request.finish_reason is reference.finish_reason
             assert request.stop_reason == reference.stop_reason
-    stats = small.get_metrics()
+    stats = small.stats()
     assert stats.num_preemptions > 0
     assert stats.prefix_cache_hits > 0
     assert {request.finish_reason for request in submitted} == set(FinishReason)

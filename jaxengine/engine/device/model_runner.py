@@ -122,6 +122,7 @@ class ModelRunner:
         max_num_seqs: Slots of device-side state.
         max_in_flight: Most steps dispatched before the first one's tokens are read.
         hooks: For what drives the runners of other hosts.
+        logprobs_mode: As ``EngineConfig`` has it.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_in_flight: int,
         hooks: RunnerHooks,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self.stages = list(stages)
         self.max_in_flight = max_in_flight
@@ -157,7 +159,7 @@ class ModelRunner:
             dtype=last.cache_spec.dtype,
             program_cache=last.program_cache,
         )
-        self.sampling_state = SamplingState(max_num_seqs, vocab_size)
+        self.sampling_state = SamplingState(max_num_seqs, vocab_size, logprobs_mode)
         # Steps whose tokens the last stage has and the first one has not: targets and token ids.
         # Of more than max_in_flight steps the host knows the tokens and sends them.
         self._unstored: collections.deque = collections.deque(maxlen=max_in_flight)

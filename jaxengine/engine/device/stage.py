@@ -125,6 +125,15 @@ class Stage:
             self._peer_memory.allocate()
         self.allocate_state()
 
+    def release(self) -> Params:
+        """Give up weights, cache and state, until ``start``; returns the weights."""
+        params, self.params, self._weights = self.params, {}, ()
+        for array in jax.tree.leaves((self.caches, self.tables, self.last_tokens)):
+            array.delete()
+        if self.output_buffers is not None:
+            self.output_buffers.clear()
+        return params
+
     def allocate_state(self) -> None:
         """Make the cache, the block tables and the newest tokens, all zeros."""
         mesh = self.parts.mesh

@@ -35,17 +35,22 @@ def token_logprobs(
     token_ids: Int[Array, " B"],
     num_logprobs: int,
     extra_ids: Int[Array, "B n"] | None = None,
+    *,
+    normalizes: bool = True,
 ) -> TokenLogprobs:
     """Compute the logprobs of a token per row and of the most likely tokens.
 
     Args:
-        logits: Untouched logits of any float type; read as float32.
+        logits: Logits of any float type; read as float32.
         token_ids: The row's token; one outside the vocabulary reads the nearest inside.
         num_logprobs: How many of the most likely; 0 for none, -1 for the whole vocabulary.
         extra_ids: Further tokens to score.
+        normalizes: Give log probabilities; False gives the logits themselves in their place.
     """
     logits = logits.astype(jnp.float32)
-    normalizer = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    normalizer = jnp.zeros((logits.shape[0], 1), jnp.float32)
+    if normalizes:
+        normalizer = jax.nn.logsumexp(logits, axis=1, keepdims=True)
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1, mode="clip")
     rank = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
     if num_logprobs == -1:

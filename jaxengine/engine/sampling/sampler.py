@@ -85,7 +85,14 @@ def sample(
     token_ids = sample_random(edited, rows, variant) if variant.random else argmax(edited)
     logprobs = None
     if variant.logprobs:
-        logprobs = token_logprobs(logits, token_ids, variant.num_logprobs, rows.logprob_token_ids)
+        is_processed = variant.logprobs_mode.startswith("processed")
+        logprobs = token_logprobs(
+            processed_logits(edited, rows, variant) if is_processed else logits,
+            token_ids,
+            variant.num_logprobs,
+            rows.logprob_token_ids,
+            normalizes=variant.logprobs_mode.endswith("logprobs"),
+        )
     never = last_tokens.shape[0]  # past the end: dropped
     target = jnp.where(rows.samples_token > 0, rows.slot, never)
     last_tokens = last_tokens.at[target].set(token_ids, mode="drop")
@@ -203,6 +210,24 @@ def _apply_penalties(
     num_outputs = counts % PROMPT_TOKEN
     logits = logits - rows.frequency[:, None] * num_outputs
     return logits - jnp.where(num_outputs > 0, rows.presence[:, None], 0.0)
+
+
+def processed_logits(
+    edited: Float[Array, "B V"], rows: SamplingRows, variant: SamplerVariant
+) -> Float[Array, "B V"]:
+    """Return the logits that a token is sampled from: at its temperature, -inf if truncated."""
+    edited = edited.astype(jnp.float32)
+    if not variant.random:
+        return edited
+    temperature = _divisor(rows)
+    kept = jnp.ones(edited.shape, bool)
+    if variant.truncation:
+        threshold = truncation_threshold(
+            edited, temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p
+        )
+        is_greedy = rows.temperature[:, None] == 0
+        kept = (order_keys(edited) >= threshold[:, None]) | is_greedy
+    return jnp.where(kept, edited / temperature[:, None], -jnp.inf)
 
 
 def sample_random(

@@ -26,6 +26,7 @@ LIST_BUCKETS = (256, 4096, 32768, 262144, 2097152, 16777216)
 MASK_BUCKETS = (4, 32, 256)  # rows that a mask is sent for; more: one for each row
 LOGPROB_BUCKETS = (0, 5, 20)
 LOGPROB_ID_BUCKETS = (0, 16, 128)
+RAW_LOGPROBS = "raw_logprobs"
 NO_LOGPROBS = -2  # of a slot that wants none; -1 is the whole vocabulary
 SLOT_FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 SLOT_INTS = ("top_k", "seed_high", "seed_low")
@@ -60,6 +61,7 @@ class SamplerVariant:
         num_biases: Room for sparse logit changes (logit_bias, min_tokens).
         num_bad_words: Room for bad words.
         num_allowed: Room for allowed token ids.
+        logprobs_mode: What logprobs are taken from, as ``EngineConfig`` has it.
         num_masks: Masks sent beside the packed vector; 0 if no row has one.
     """
 
@@ -76,6 +78,7 @@ class SamplerVariant:
     num_biases: int = 0
     num_bad_words: int = 0
     num_allowed: int = 0
+    logprobs_mode: str = RAW_LOGPROBS
     num_masks: int = 0
 
     @property
@@ -194,9 +197,13 @@ class SamplingState:
     Args:
         max_num_seqs: Number of slots.
         vocab_size: Size of the vocabulary; a larger ``top_k`` means all.
+        logprobs_mode: What logprobs are taken from, as ``EngineConfig`` has it.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, logprobs_mode: str = RAW_LOGPROBS
+    ) -> None:
+        self._logprobs_mode = logprobs_mode
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         self._values = {name: np.zeros(max_num_seqs, np.float32) for name in SLOT_FLOATS}
@@ -306,6 +313,7 @@ class SamplingState:
             f"num_{group}": _bucket(max(1, sum(a.shape[1] for a in arrays)), LIST_BUCKETS)
             for group, arrays in entries.items()
         }
+        wants_logprobs = bool((wanted != NO_LOGPROBS).any())
         num_ids = max((len(extra.logprob_token_ids) for extra in extras.values()), default=0)
         return SamplerVariant(
             random=slots_random.size > 0,
@@ -314,7 +322,8 @@ class SamplingState:
             top_k=bool((top_k > MAX_SMALL_TOP_K).any()),
             top_p=bool((values["top_p"][slots_random] < 1.0).any()),
             min_p=bool(values["min_p"][slots_random].any()),
-            logprobs=bool((wanted != NO_LOGPROBS).any()),
+            logprobs=wants_logprobs,
+            logprobs_mode=self._logprobs_mode if wants_logprobs else RAW_LOGPROBS,
             num_logprobs=_num_logprobs(wanted, self._vocab_size),
             num_logprob_ids=_bucket(num_ids, LOGPROB_ID_BUCKETS),
             **sizes,

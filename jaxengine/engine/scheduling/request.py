@@ -143,7 +143,8 @@ class Request:
     @property
     def reads_prefix_cache(self) -> bool:
         """Whether cached blocks serve: logprobs of the prompt need all of it computed."""
-        return self.sampling_params.prompt_logprobs is None
+        params = self.sampling_params
+        return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
 
     def append_output_token(self, token_id: int) -> None:
         """Add a sampled token whose value has reached the host."""
