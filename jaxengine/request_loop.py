@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxengine.engine.engine import StepResult
 from jaxengine.engine.garbage_collection import paused_garbage_collection
+from jaxengine.engine.step_news import StepNews
 from jaxengine.fair_lock import FairLock
 from jaxengine.interrupts import interrupts_deferred
 from jaxengine.outputs import RequestOutput
@@ -193,13 +193,8 @@ class RequestLoop:
                     inbox.append(failure)
             raise
 
-    def _process(self, result: StepResult) -> None:
-        if (step := result.step) is None:
-            return
-        if step.prompt_scores is not None:
-            for chunk, arrays in step.prompt_scores.on_host():
-                self.processor.add_prompt_logprobs(chunk.request_id, chunk.start, arrays)
-        processed = self.processor.process(result.outputs, step.logprobs())
+    def _process(self, news: StepNews) -> None:
+        processed = self.processor.process(news)
         for stopped in processed.stopped:
             self.engine.finish(stopped.request_id, stopped.stop_reason)
         for output in processed.request_outputs:

@@ -250,6 +250,10 @@ class FakeStep:
     scheduler_output: Any
     sampled: Any
     on_read: Callable[[], None]
+    prompt_scores: None = None
+
+    def logprobs(self) -> None:
+        return None
 
     def token_ids(self) -> np.ndarray:
         self.on_read()

@@ -271,6 +271,7 @@ def test_the_table_catches_an_import_that_points_up(file: str, source: str) -> N
         ("import jaxengine.convert.__main__", "jax orbax flax transformers torch"),
         ("import jaxengine.pallas_kernels.paged_attention", "flax transformers torch"),
         ("import jaxengine.cli.main", "jax flax transformers torch"),
+        ("import jaxengine.text.output_processor", "jax flax transformers torch"),
     ],
 )
 def test_an_import_does_not_load(statement: str, absent: str) -> None:

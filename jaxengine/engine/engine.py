@@ -5,7 +5,6 @@ the one before.
 """
 
 import collections
-import dataclasses
 import hashlib
 import time
 from array import array
@@ -21,23 +20,11 @@ from jaxengine.engine.scheduling.scheduler_output import (
     SchedulerOutput,
     SchedulerStats,
 )
+from jaxengine.engine.step_news import LogprobRows, PromptLogprobs, StepNews
 from jaxengine.engine.token_masks import TokenMasks
 from jaxengine.model_config import ModelConfig
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What one call of ``Engine.step`` brought.
-
-    Attributes:
-        outputs: News of requests, in the order of the step's rows.
-        step: The finished step, for its logprobs; None if none finished.
-    """
-
-    outputs: list[EngineCoreOutput]
-    step: PendingStep | None
 
 
 class Engine:
@@ -127,7 +114,7 @@ class Engine:
         """Whether any request waits or runs, or a step is in flight."""
         return self.scheduler.has_unfinished_requests or bool(self._pending)
 
-    def step(self) -> StepResult:
+    def step(self) -> StepNews:
         """Dispatch what can run, then take in the oldest step.
 
         If the device fails, or the user interrupts, every request ends (what the cache holds is
@@ -136,7 +123,7 @@ class Engine:
         try:
             self.dispatch()
             if not self._pending:
-                return StepResult([], None)
+                return StepNews()
             oldest, token_ids = self.read()
         except BaseException:
             self.give_up_steps()
@@ -173,13 +160,13 @@ class Engine:
         oldest = self._pending.popleft()
         return oldest, oldest.token_ids()
 
-    def take_in(self, step: PendingStep, token_ids: np.ndarray) -> StepResult:
+    def take_in(self, step: PendingStep, token_ids: np.ndarray) -> StepNews:
         """Give the scheduler the tokens of a step that was read."""
         self._in_flight.popleft()
         outputs = self.scheduler.update_from_output(step.scheduler_output, token_ids)
         if self._masks is not None and self._masks.broken:
             self._abort_broken(outputs, self._masks.broken)
-        return StepResult(outputs, step)
+        return StepNews(outputs, _read_logprobs(step, outputs))
 
     def give_up_steps(self) -> None:
         """End all requests and forget the steps in flight, whose results never come."""
@@ -218,6 +205,21 @@ class Engine:
                 f"request {request.request_id!r}: token id {bad} is not in the vocabulary of "
                 f"{self.model_config.vocab_size}; tokenize with this model's tokenizer"
             )
+
+
+def _read_logprobs(step: PendingStep, outputs: Sequence[EngineCoreOutput]) -> list[PromptLogprobs]:
+    """Give each output the logprobs of its tokens; return those of prompts."""
+    if (arrays := step.logprobs()) is not None:
+        rows = step.scheduler_output.rows
+        for output in outputs:
+            index = output.row_index
+            if rows[index].request.sampling_params.num_logprobs is not None:
+                output.logprobs = LogprobRows.of(arrays, slice(index, index + 1))
+    chunks = [] if step.prompt_scores is None else step.prompt_scores.on_host()
+    return [
+        PromptLogprobs(chunk.request_id, chunk.start, LogprobRows(*arrays))
+        for chunk, arrays in chunks
+    ]
 
 
 def derive_seed(engine_seed: int, request_id: str) -> int:

@@ -15,11 +15,12 @@ import jax
 from jaxengine.config import EngineConfig
 from jaxengine.engine.build import build_engine
 from jaxengine.engine.device.model_runner import RunnerHooks
-from jaxengine.engine.engine import Engine, StepResult
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.replica_router import ReplicaRouter
 from jaxengine.engine.scheduling.request import Request
 from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
 from jaxengine.engine.start_report import Startup
+from jaxengine.engine.step_news import StepNews
 from jaxengine.model_config import ModelConfig
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
@@ -98,7 +99,7 @@ class ReplicaGroup:
         if (number := self._router.remove(request_id)) is not None:
             self.replicas[number].finish(request_id, stop_reason)
 
-    def step(self) -> StepResult:
+    def step(self) -> StepNews:
         """Dispatch what each replica can run, then take in one finished step of one of them.
 
         If a device fails, or the user interrupts, every request of every replica ends, the error
@@ -109,16 +110,16 @@ class ReplicaGroup:
                 replica.dispatch()
             chosen = self._wait_for_any()
             if chosen is None:
-                return StepResult([], None)
+                return StepNews()
             step, token_ids = chosen.read()
         except BaseException:
             self._give_up_steps()
             raise
         self._reading_order.remove(chosen)
         self._reading_order.append(chosen)
-        result = chosen.take_in(step, token_ids)
-        self._router.record(result.outputs)
-        return result
+        news = chosen.take_in(step, token_ids)
+        self._router.record(news.outputs)
+        return news
 
     def _wait_for_any(self) -> Engine | None:
         """Return a replica whose oldest step is done; None if no step is in flight.

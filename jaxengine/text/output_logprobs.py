@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxengine.engine.sampling.logprobs import TokenLogprobs
+from jaxengine.engine.step_news import LogprobRows
 from jaxengine.outputs import FlatLogprobs, Logprob, PromptLogprobs, SampleLogprobs
 
 TokenText = Callable[[int, Sequence[int]], str]  # of a token behind others
@@ -29,13 +29,13 @@ class LogprobsBuilder:
         self._extra_ids = list(extra_ids)
 
     def build(
-        self, arrays: TokenLogprobs, row: int, token_id: int, context: Sequence[int] = ()
+        self, arrays: LogprobRows, row: int, token_id: int, context: Sequence[int] = ()
     ) -> dict[int, Logprob]:
         """Return token id -> Logprob for one row.
 
         Args:
-            arrays: Arrays of the step, on the host.
-            row: Row of the step.
+            arrays: Of a step.
+            row: One of their rows.
             token_id: The row's token.
             context: The tokens before it.
         """
@@ -47,17 +47,17 @@ class LogprobsBuilder:
                 if top_id not in entries:
                     entries[top_id] = self._entry(top_id, value, index + 1, context)
         if self._extra_ids and arrays.id_logprobs is not None:
-            scores = np.asarray(arrays.id_logprobs[row])[: len(self._extra_ids)].tolist()
+            scores = arrays.id_logprobs[row][: len(self._extra_ids)].tolist()
             for extra_id, value in zip(self._extra_ids, scores, strict=True):
                 if extra_id not in entries:
                     entries[extra_id] = self._entry(extra_id, value, None, context)
         return entries
 
-    def _top(self, arrays: TokenLogprobs, row: int) -> tuple[list[int], list[float]]:
-        values = np.asarray(arrays.top_logprobs[row])
+    def _top(self, arrays: LogprobRows, row: int) -> tuple[list[int], list[float]]:
+        values = arrays.top_logprobs[row]
         count = len(values) if self._num_logprobs == -1 else self._num_logprobs
         if arrays.top_ids is not None:
-            return np.asarray(arrays.top_ids[row])[:count].tolist(), values[:count].tolist()
+            return arrays.top_ids[row, :count].tolist(), values[:count].tolist()
         ids = np.argsort(-values, kind="stable")[:count]  # of the whole vocabulary
         return ids.tolist(), values[ids].tolist()
 
@@ -92,8 +92,8 @@ class SampleLogprobsList:
         self.cumulative = 0.0
         self.entries: SampleLogprobs = FlatLogprobs() if is_flat else []
 
-    def append(self, arrays: TokenLogprobs, row: int, token_id: int) -> None:
-        """Add the entry of a token that the step sampled in a row."""
+    def append(self, arrays: LogprobRows, row: int, token_id: int) -> None:
+        """Add the entry of a sampled token, that of a row."""
         entry = self._builder.build(arrays, row, token_id, tuple(self._context))
         self._context.append(token_id)
         self.cumulative += entry[token_id].logprob
@@ -122,7 +122,7 @@ class PromptLogprobsList:
         """One dictionary per token, the first None."""
         return FlatLogprobs(self._entries) if self._is_flat else self._entries
 
-    def add_chunk(self, arrays: TokenLogprobs, start: int) -> None:
+    def add_chunk(self, arrays: LogprobRows, start: int) -> None:
         """Take in the logprobs of consecutive prompt tokens.
 
         Args:

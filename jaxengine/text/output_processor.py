@@ -5,12 +5,11 @@ the end unless a stop string must be found before.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxengine.engine.sampling.logprobs import TokenLogprobs
-from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput
+from jaxengine.engine.step_news import PromptLogprobs, StepNews
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.text.output_logprobs import (
@@ -134,38 +133,23 @@ class OutputProcessor:
             del self._completions[child_id]
         return ids
 
-    def add_prompt_logprobs(self, request_id: str, start: int, arrays: TokenLogprobs) -> None:
-        """Take in the logprobs of a chunk of a prompt, before ``process``.
-
-        Args:
-            request_id: The engine's request.
-            start: Index in the prompt of the token that row 0 scores; at least 1.
-            arrays: On the host.
-        """
-        completion = self._completions.get(request_id)
-        if completion is None or completion.index > 0:
-            return  # all n outputs share the prompt
-        if completion.request.prompt_logprobs is not None:
-            completion.request.prompt_logprobs.add_chunk(arrays, start)
-
-    def process(
-        self, outputs: Sequence[EngineCoreOutput], logprobs: TokenLogprobs | None = None
-    ) -> ProcessedOutputs:
+    def process(self, news: StepNews) -> ProcessedOutputs:
         """Turn the news of a step into outputs.
 
         Args:
-            outputs: From the engine; unknown (aborted, stopped) requests are left out.
-            logprobs: Arrays of the step, on the host; None if no row wanted any.
+            news: From the engine; unknown (aborted, stopped) requests are left out.
         """
         now = self._clock()
+        for chunk in news.prompt_logprobs:
+            self._add_prompt_logprobs(chunk)
         processed = ProcessedOutputs()
         changed: dict[str, RequestState] = {}
-        for output in outputs:
+        for output in news.outputs:
             completion = self._completions.get(output.request_id)
             if completion is None:
                 continue
             request = completion.request
-            stop_string = completion.add(output, logprobs)
+            stop_string = completion.add(output)
             if stop_string is not None and output.finish_reason is None:
                 processed.stopped.append(StoppedRequest(output.request_id, stop_string))
             request.record(output, now)
@@ -179,6 +163,13 @@ class OutputProcessor:
             if request.num_unfinished == 0:
                 del self._requests[request.request_id]
         return processed
+
+    def _add_prompt_logprobs(self, chunk: PromptLogprobs) -> None:
+        completion = self._completions.get(chunk.request_id)
+        if completion is None or completion.index > 0:
+            return  # all n outputs share the prompt
+        if completion.request.prompt_logprobs is not None:
+            completion.request.prompt_logprobs.add_chunk(chunk.rows, chunk.start)
 
     def _new_completion(
         self, request: RequestState, index: int, child: EngineRequest

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from jaxengine.engine.sampling.logprobs import TokenLogprobs
 from jaxengine.engine.scheduling.request import FinishReason
 from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput
 from jaxengine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -35,14 +34,14 @@ class Completion:
     num_sent: int = 0
     is_new: bool = False
 
-    def add(self, output: EngineCoreOutput, logprobs: TokenLogprobs | None) -> str | None:
+    def add(self, output: EngineCoreOutput) -> str | None:
         """Take in new tokens; returns the stop string that they complete."""
         self.is_new = True
         self.token_ids += output.new_token_ids
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-        if self.logprobs is not None and logprobs is not None:
-            for token_id in output.new_token_ids:
-                self.logprobs.append(logprobs, output.row_index, token_id)
+        if self.logprobs is not None and output.logprobs is not None:
+            for row, token_id in enumerate(output.new_token_ids):
+                self.logprobs.append(output.logprobs, row, token_id)
         if self.text is None:
             return None
         stop_string = self.text.add(output.new_token_ids, len(self.token_ids), output.finish_reason)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxengine.engine.engine import Engine, StepResult
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.garbage_collection import (
     exempt_from_garbage_collection,
     paused_garbage_collection,
 )
+from jaxengine.engine.step_news import StepNews
 from tests.helpers import greedy, make_llm
 
 
@@ -51,7 +52,7 @@ def test_no_step_is_interrupted(chat_model: Path, monkeypatch: pytest.MonkeyPatc
     was_enabled: list[bool] = []
     step = Engine.step
 
-    def spy(self: Engine) -> StepResult:
+    def spy(self: Engine) -> StepNews:
         was_enabled.append(gc.isenabled())
         return step(self)
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxengine.engine.sampling.logprobs import TokenLogprobs
 from jaxengine.engine.scheduling.request import FinishReason
 from jaxengine.engine.scheduling.scheduler_output import EngineCoreOutput
+from jaxengine.engine.step_news import LogprobRows, PromptLogprobs, StepNews
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.text.output_processor import OutputProcessor
 from jaxengine.text.stop_strings import StopStrings
@@ -54,7 +54,8 @@ class Session:
 
     def feed(self, token_ids, finish=None, stop_reason=None, child="r", logprobs=None):
         output = core(child, token_ids, finish, stop_reason)
-        processed = self.processor.process([output], logprobs)
+        output.logprobs = logprobs
+        processed = self.processor.process(StepNews([output]))
         self.outputs += processed.request_outputs
         self.stopped += processed.stopped
         return processed
@@ -261,10 +262,10 @@ def test_a_request_id_in_use_is_an_error() -> None:
 
 
 def arrays(rows, top=None):
-    """TokenLogprobs from [(logprob, rank, [top ids], [top logprobs])]."""
+    """LogprobRows from [(logprob, rank, [top ids], [top logprobs])]."""
     logprob, rank, ids, values = zip(*rows, strict=True)
     ids = None if top == -1 else np.array(ids)
-    return TokenLogprobs(np.array(logprob), np.array(rank), ids, np.array(values))
+    return LogprobRows(np.array(logprob), np.array(rank), ids, np.array(values))
 
 
 def test_logprobs_hold_the_sampled_token_and_the_top_ones_asked_for() -> None:
@@ -307,7 +308,8 @@ def test_minus_one_logprobs_hold_the_whole_vocabulary_best_first() -> None:
 def test_deltas_hold_the_logprobs_of_the_new_tokens_and_the_prompt_once() -> None:
     session = Session(logprobs=0, prompt_logprobs=0, output_kind=DELTA)
     step = arrays([(-1.0, 1, [], [])])
-    session.processor.add_prompt_logprobs("r", 1, arrays([(-7.0, 3, [], [])]))
+    scored = PromptLogprobs("r", 1, arrays([(-7.0, 3, [], [])]))
+    session.processor.process(StepNews([], [scored]))
     session.feed([5], logprobs=step)
     session.feed([6], FinishReason.LENGTH, logprobs=step)
     assert [list(o.outputs[0].logprobs[0]) for o in session.outputs] == [[5], [6]]

@@ -1,6 +1,7 @@
 """What goes into and comes out of the scheduler: rows of a step, news of requests, stats."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxengine.engine.scheduling.request import FinishReason, Request
 
@@ -62,7 +63,8 @@ class EngineCoreOutput:
         finish_reason: Set if the request has ended.
         stop_reason: The user's stop token that ended it, else None.
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
-        row_index: Row of the step, for logprobs.
+        row_index: Row of the step.
+        logprobs: ``LogprobRows`` with a row a new token; None if the request wants none.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class EngineCoreOutput:
     stop_reason: int | str | None
     num_cached_tokens: int
     row_index: int
+    logprobs: Any = None
 
 
 @dataclass(frozen=True, slots=True)
