@@ -24,7 +24,7 @@ MODELS := .models
 DEMO_MODEL := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install demo-model test test-kernels lint types format clean
+.PHONY: help quickstart install demo-model test test-kernels lint types format docs clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -52,6 +52,9 @@ types: $(VENV)/.installed-dev  ## Check types
 	@ln -s $(CURDIR)/jaxengine/* $(CURDIR)/convert $(CURDIR)/pallas_kernels $(LINKED)/jaxengine/
 	cd $(LINKED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache
+
+docs: $(VENV)/.installed  ## Make the pages that are made from tables of the code
+	$(BIN)/python -m jaxengine.compat.document
 
 format: $(VENV)/.installed-dev  ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from jaxengine.checkout import find_packages_beside
 
 if TYPE_CHECKING:
+    from jaxengine.beam_search import BeamSearchParams
     from jaxengine.config import EngineConfig
     from jaxengine.llm import LLM
+    from jaxengine.llm_engine import EngineArgs, LLMEngine
     from jaxengine.models.registry import ModelRegistry
-    from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxengine.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput
     from jaxengine.sampling_params import RequestOutputKind, SamplingParams
     from jaxengine.structured.params import StructuredOutputsParams
+    from jaxengine.text.prompts import TextPrompt, TokensPrompt
 
 __version__ = "0.1.0"
 
@@ -22,6 +25,12 @@ find_packages_beside()
 
 _HOMES = {
     "LLM": "llm",
+    "LLMEngine": "llm_engine",
+    "EngineArgs": "llm_engine",
+    "BeamSearchParams": "beam_search",
+    "TextPrompt": "text.prompts",
+    "TokensPrompt": "text.prompts",
+    "FlatLogprobs": "outputs",
     "EngineConfig": "config",
     "ModelRegistry": "models.registry",
     "SamplingParams": "sampling_params",
@@ -34,14 +43,20 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
+    "EngineArgs",
     "EngineConfig",
+    "FlatLogprobs",
+    "LLMEngine",
     "Logprob",
     "ModelRegistry",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 

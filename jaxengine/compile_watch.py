@@ -1,10 +1,9 @@
 """How long jax compiles in the calling thread, from the events that jax itself gives out."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable
-
-import jax
 
 _EVENTS = "/jax/core/compile/"  # tracing, lowering, XLA; each when it has ended
 _current = threading.local()
@@ -28,6 +27,7 @@ class CompileWatch:
         return sum(end - start for start, end in self._spans)
 
     def __enter__(self) -> "CompileWatch":
+        _start_listening()
         self._outer = getattr(_current, "watch", None)
         _current.watch = self
         return self
@@ -52,4 +52,8 @@ def _listen(event: str, duration_secs: float, **_: str | int) -> None:
         watch.record(now - duration_secs, now)
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+@functools.cache
+def _start_listening() -> None:
+    import jax  # only now: the command line's help does without it
+
+    jax.monitoring.register_event_duration_secs_listener(_listen)

@@ -83,7 +83,10 @@ OF_OURS: dict[str, tuple[str, ...]] = {
         "jaxengine.structured.params",
         "jaxengine.compat.sampling_fields",
     ),
-    "jaxengine/compat/[!d]*": ("jaxengine.compat", "jaxengine.config"),
+    **{
+        f"jaxengine/compat/{name}.py": ("jaxengine.compat", "jaxengine.config")
+        for name in ("engine_args", "sampling_fields", "model_config", "names", "similar_names")
+    },
     "jaxengine/structured/params.py": (),
     "jaxengine/server/parsers/*": ("jaxengine.server.parsers", "jaxengine.structured"),
     "jaxengine/engine/scheduling/*": ("jaxengine.engine.scheduling", "jaxengine.sampling_params"),

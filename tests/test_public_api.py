@@ -21,7 +21,14 @@ def parameters(function: object) -> list[str]:
 def test_the_package_offers_these_names() -> None:
     assert set(jaxengine.__all__) == {
         *("LLM", "SamplingParams", "EngineConfig", "ModelRegistry", "RequestOutputKind"),
-        *("RequestOutput", "CompletionOutput", "Logprob", "StructuredOutputsParams"),
+        *("RequestOutput", "CompletionOutput", "Logprob", "FlatLogprobs", "LLMEngine"),
+        *(
+            "StructuredOutputsParams",
+            "BeamSearchParams",
+            "EngineArgs",
+            "TextPrompt",
+            "TokensPrompt",
+        ),
         "__version__",
     }
 

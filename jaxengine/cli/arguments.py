@@ -8,9 +8,11 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
+from jaxengine.compat.engine_args import ROWS, Row, whole_number
+from jaxengine.compat.similar_names import did_you_mean
 from jaxengine.config import EngineConfig
 from jaxengine.sampling_params import SamplingParams
 
@@ -27,8 +29,10 @@ ALIASES = {
     "tensor_parallel_size": ["-tp"],
     "pipeline_parallel_size": ["-pp"],
     "data_parallel_size": ["-dp"],
+    "quantization": ["-q"],
+    "optimization_level": ["-O"],
+    "compilation_config": ["-cc"],
 }
-SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def hyphenate(arguments: Sequence[str]) -> list[str]:
@@ -43,15 +47,32 @@ def _hyphenate_flag(argument: str) -> str:
     return argument if match is None else match[0].replace("_", "-") + argument[match.end() :]
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error for a misspelt flag says which one may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with status 2."""
+        flags = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        if flags is not None:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            message += did_you_mean(flags[1], known)
+        super().error(message)
+
+
 def human_int(text: str) -> int:
     """Read an integer with an optional suffix: 32k is 32000, 32K is 32768."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer such as 4096 or 32k")
-    value = float(match[1]) * SUFFIXES.get(match[2], 1)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(value)
+    try:
+        return int(whole_number(text, "the value"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def any_value(text: str) -> Any:
+    """Read JSON, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -66,27 +87,43 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of EngineConfig but the model."""
+    """Add a flag for every field of EngineConfig but the model, and for vLLM's other ones."""
     group = parser.add_argument_group("engine")
     helps = _field_helps(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
         if field.name != "model":
-            _add_field(group, field, helps.get(field.name, ""))
+            _add_field(group, field, helps.get(field.name, ""), _default_of(field))
+    foreign = parser.add_argument_group(
+        "vLLM's other flags",
+        "are taken, too: docs/coming-from-vllm.md says of each whether it makes a difference.",
+    )
+    for row in ROWS:
+        _add_row(foreign, row)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for the sampling parameters; those not given keep the model's defaults."""
-    group = parser.add_argument_group("sampling", "Defaults are the model's own.")
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add a flag for the sampling parameters; those not given keep the model's defaults.
+
+    Args:
+        parser: Gets the flags.
+        defaults: Of this command, where they differ from ``SamplingParams``.
+    """
+    group = parser.add_argument_group(
+        "sampling", "Defaults are those of the model's generation config, else these."
+    )
     helps = _field_helps(SamplingParams)
     fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
     for name in SAMPLING_FIELDS:
-        _add_field(group, fields[name], helps.get(name, ""))
+        default = (defaults or {}).get(name, _default_of(fields[name]))
+        _add_field(group, fields[name], helps.get(name, ""), default)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the engine flags that were given."""
+    """Return the engine flags that were given, vLLM's other ones among them."""
     names = (field.name for field in dataclasses.fields(EngineConfig) if field.name != "model")
-    return _given(options, names)
+    return _given(options, (*names, *(row.name for row in ROWS)))
 
 
 def sampling_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,14 +135,35 @@ def _given(options: argparse.Namespace, names: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-def _add_field(group: Any, field: dataclasses.Field[Any], help_text: str) -> None:
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _add_row(group: Any, row: Row) -> None:
+    """Add a flag of vLLM's; it stands in no help, or the help would be about little else."""
+    options: dict[str, Any] = {
+        "dest": row.name,
+        "default": argparse.SUPPRESS,
+        "help": argparse.SUPPRESS,
+    }
+    is_switch = isinstance(row.default, bool) or (
+        row.default is None and row.name.startswith(("enable_", "disable_"))
+    )
+    options |= {"action": argparse.BooleanOptionalAction} if is_switch else {"type": any_value}
+    flags = ["--" + row.name.replace("_", "-"), *ALIASES.get(row.name, [])]
+    group.add_argument(*flags, **options)
+
+
+def _add_field(group: Any, field: dataclasses.Field[Any], help_text: str, default: Any) -> None:
     flags = ["--" + field.name.replace("_", "-"), *ALIASES.get(field.name, [])]
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-    options["help"] = help_text.replace("%", "%%")
+    options["help"] = f"{help_text} (default: {default!r})".replace("%", "%%")
     annotation = str(field.type)
     if field.name in REPEATED_FIELDS:
         options |= {"action": "append", "type": REPEATED_FIELDS[field.name]}
-        options["help"] += " May be repeated."
+        options["help"] = "May be repeated: " + options["help"]
     elif field.default in (True, False) and isinstance(field.default, bool):
         options["action"] = argparse.BooleanOptionalAction
     elif "Mapping" in annotation:

@@ -1,11 +1,13 @@
 """``jaxengine chat``: a conversation in the terminal, printed as it is generated."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
+from jaxengine.compile_watch import CompileWatch
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.text.tokenizer import Tokenizer
 
@@ -23,6 +25,7 @@ class Chat:
         params: Sampling parameters of every answer.
         system_prompt: First message, kept by ``reset``; None for none.
         write: Prints text without a line break.
+        note: Prints a line that is no part of the conversation.
     """
 
     def __init__(
@@ -31,7 +34,9 @@ class Chat:
         params: SamplingParams,
         system_prompt: str | None = None,
         write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+        note: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
+        self._note = note
         self._llm = llm
         self._tokenizer = Tokenizer(llm.get_tokenizer())
         self._params = params.clone(n=1, output_kind=RequestOutputKind.DELTA)
@@ -84,8 +89,16 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _print_answer(self, token_ids: list[int]) -> str:
-        parts = []
+        parts: list[str] = []
+        notes = []
+
+        def say_compiling() -> None:
+            if not notes and not parts:
+                notes.append("(compiling for a moment, later answers begin at once)")
+                self._note(notes[0])
+
         with (
+            CompileWatch(say_compiling),
             stop_on_interrupt() as is_interrupted,
             closing(self._llm.stream({"prompt_token_ids": token_ids}, self._params)) as outputs,
         ):

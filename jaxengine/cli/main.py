@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jaxengine
 import jaxengine.convert.__main__
 from jaxengine.cli.arguments import (
+    Parser,
     add_engine_arguments,
     add_sampling_arguments,
     engine_arguments,
@@ -19,7 +20,9 @@ from jaxengine.cli.arguments import (
 )
 from jaxengine.cli.chat import Chat
 from jaxengine.cli.environment import collect_environment
-from jaxengine.outputs import RequestOutput
+from jaxengine.compat.similar_names import did_you_mean
+from jaxengine.compile_watch import CompileWatch
+from jaxengine.outputs import Logprob, RequestOutput
 from jaxengine.sampling_params import SamplingParams
 
 MakeLLM = Callable[..., Any]
@@ -70,10 +73,16 @@ def generate_parser() -> argparse.ArgumentParser:
     parser = _new_parser("generate")
     _add_model(parser)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="none: standard input")
-    parser.add_argument("--prompts-file", type=Path, help="more prompts, one per line")
-    parser.add_argument("--chat", action="store_true", help="use the model's chat template")
-    parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
-    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--prompts-file", type=Path, help="more prompts, one per line (default: none)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="use the model's chat template (default: False)"
+    )
+    parser.add_argument(
+        "--no-progress", action="store_true", help="draw no progress bar (default: False)"
+    )
+    add_sampling_arguments(parser, {"max_tokens": DEFAULT_MAX_TOKENS})
     add_engine_arguments(parser)
     return parser
 
@@ -82,8 +91,8 @@ def chat_parser() -> argparse.ArgumentParser:
     """Return the parser of ``jaxengine chat``."""
     parser = _new_parser("chat")
     _add_model(parser)
-    parser.add_argument("--system-prompt", help="first message of the conversation")
-    add_sampling_arguments(parser)
+    parser.add_argument("--system-prompt", help="first message of the conversation (default: none)")
+    add_sampling_arguments(parser, {"max_tokens": None})
     add_engine_arguments(parser)
     return parser
 
@@ -102,10 +111,10 @@ def environment_parser() -> argparse.ArgumentParser:
 
 
 def _new_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"jaxengine {command}", description=f"{HELPS[command]}.", allow_abbrev=False
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks (default: False)")
     return parser
 
 
@@ -120,7 +129,8 @@ def _parse_no_command(argument: str) -> NoReturn:
     )
     parser.add_argument("--version", action="version", version=jaxengine.__version__)
     parser.parse_args([argument] if argument.startswith("-") else [])
-    parser.error(f"there is no command {argument!r}: use one of {', '.join(HELPS)}")
+    hint = did_you_mean(argument, HELPS)
+    parser.error(f"there is no command {argument!r}: use one of {', '.join(HELPS)}{hint}")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -138,15 +148,16 @@ def run_generate(options: argparse.Namespace, make_llm: MakeLLM) -> None:
     params = llm.get_default_sampling_params().clone(**given)
     started = time.perf_counter()
     use_tqdm = not options.no_progress
-    if options.chat:
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        outputs = llm.chat(conversations, params, use_tqdm=use_tqdm)
-    else:
-        outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+    with CompileWatch() as watch:
+        if options.chat:
+            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            outputs = llm.chat(conversations, params, use_tqdm=use_tqdm)
+        else:
+            outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     seconds = time.perf_counter() - started
     for prompt, output in zip(prompts, outputs, strict=True):
         _print_output(prompt, output, is_only=len(prompts) == 1)
-    print(_throughput(outputs, seconds), file=sys.stderr)
+    print(_throughput(outputs, seconds, watch.seconds), file=sys.stderr)
 
 
 def run_chat(options: argparse.Namespace, make_llm: MakeLLM) -> None:
@@ -173,8 +184,7 @@ def run_collect_environment(options: argparse.Namespace, make_llm: MakeLLM) -> N
 def _read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompts)
     if options.prompts_file is not None:
-        lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-        prompts += [line for line in lines if line.strip()]
+        prompts += _read_lines(options.prompts_file)
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read().removesuffix("\n")]
     if not any(prompts):
@@ -182,22 +192,62 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _read_lines(file: Path) -> list[str]:
+    """Return the lines of a file that are not empty; only a line feed ends one."""
+    try:
+        text = file.expanduser().read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"--prompts-file {str(file)!r} is missing") from None
+    except OSError as error:
+        raise ValueError(f"--prompts-file {str(file)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {str(file)!r} is not UTF-8: {error}") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return [line for line in lines if line.strip()]
+
+
 def _print_output(prompt: str, output: RequestOutput, is_only: bool) -> None:
     if not is_only:
         print(f"Prompt: {prompt}")
+    if output.prompt_logprobs is not None:
+        _print_logprobs("Logprobs of the prompt:", output.prompt_token_ids, output.prompt_logprobs)
     for completion in output.outputs:
         label = "" if is_only and len(output.outputs) == 1 else f"Output {completion.index}: "
         print(f"{label}{completion.text}")
+        if completion.logprobs is not None:
+            _print_logprobs("Logprobs:", completion.token_ids, completion.logprobs)
     if not is_only:
         print()
 
 
-def _throughput(outputs: Sequence[RequestOutput], seconds: float) -> str:
+def _print_logprobs(title: str, token_ids: Sequence[int], entries: Any) -> None:
+    """Print a line a token: the token itself, then the most likely ones, best first."""
+    print(title)
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        if entry is not None:
+            others = sorted(
+                (each for each in entry if each != token_id), key=lambda i: -entry[i].logprob
+            )
+            print("  " + "  ".join(_entry_text(i, entry[i]) for i in (token_id, *others)))
+
+
+def _entry_text(token_id: int, entry: Logprob) -> str:
+    token = token_id if entry.decoded_token is None else repr(entry.decoded_token)
+    rank = "" if entry.rank is None else f" (rank {entry.rank})"
+    return f"{token} {entry.logprob:.4f}{rank}"
+
+
+def _throughput(
+    outputs: Sequence[RequestOutput], seconds: float, compile_seconds: float = 0.0
+) -> str:
+    """Say how much was generated how fast; what compiling took is no part of the speed."""
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    running = max(seconds - compile_seconds, 1e-6)
+    compiling = f", of which compiling {compile_seconds:.2f} s" if compile_seconds > 0.005 else ""
     num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
     return (
         f"{len(outputs)} prompts, {num_prompt} prompt tokens, {num_generated} generated tokens "
-        f"in {seconds:.2f} s: {num_generated / seconds:.1f} generated tokens/s"
+        f"in {seconds:.2f} s{compiling}: {num_generated / running:.1f} generated tokens/s"
     )
 
 

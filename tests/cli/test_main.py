@@ -1,5 +1,6 @@
 """The command line with a model that is not one."""
 
+import argparse
 import os
 import signal
 from typing import ClassVar
@@ -10,7 +11,7 @@ import pytest
 from jaxengine.cli import main as cli
 from jaxengine.cli.arguments import human_int, hyphenate
 from jaxengine.cli.chat import Chat
-from jaxengine.outputs import CompletionOutput, RequestOutput
+from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from tests.text.test_tokenizer import byte_level
 
@@ -104,6 +105,49 @@ def test_prompts_may_stand_behind_flags_and_come_from_a_file(tmp_path) -> None:
     assert llm.calls[0][0] == ["first", "one", "two"]
 
 
+def test_only_a_line_feed_ends_a_line_of_the_prompts_file(tmp_path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a\x0cb\u2028c\rd\x85e\r\n\ufeffnext\n".encode())
+    _, llm = run("generate", "m", "--prompts-file", str(path))
+    assert llm.calls[0][0] == ["a\x0cb\u2028c\rd\x85e", "\ufeffnext"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "prompts.txt' is missing"), (b"\xff\xfe", "prompts.txt' is not UTF-8")],
+)
+def test_a_prompts_file_that_cannot_be_read_says_why(tmp_path, capsys, content, message) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert run("generate", "m", "--prompts-file", str(path)) == (2, None)
+    assert message in capsys.readouterr().err
+
+
+def test_logprobs_are_printed_a_line_a_token(capsys, monkeypatch) -> None:
+    entries = [{5: Logprob(-0.5, 2, " a"), 7: Logprob(-0.25, 1, "b")}, {6: Logprob(-1.0, 1, None)}]
+    completion = CompletionOutput(0, " a?", [5, 6], logprobs=entries)
+    prompt_entries = [None, {4: Logprob(-2.0, 3, "x")}]
+    output = RequestOutput("0", "Hi", [3, 4], prompt_entries, [completion], True)
+    monkeypatch.setattr(FakeLLM, "_answer", lambda self, prompt, params: output)
+    run("generate", "m", "Hi", "--logprobs", "1")
+    assert capsys.readouterr().out.splitlines() == [
+        "Logprobs of the prompt:",
+        "  'x' -2.0000 (rank 3)",
+        " a?",
+        "Logprobs:",
+        "  ' a' -0.5000 (rank 2)  'b' -0.2500 (rank 1)",
+        "  6 -1.0000 (rank 1)",
+    ]
+
+
+def test_what_compiling_took_is_no_part_of_the_throughput() -> None:
+    output = RequestOutput("0", "x", [1], None, [CompletionOutput(0, "", [1] * 10)], True)
+    text = cli._throughput([output], 6.0, 4.0)
+    assert text.endswith("in 6.00 s, of which compiling 4.00 s: 5.0 generated tokens/s")
+    assert cli._throughput([output], 2.0).endswith("in 2.00 s: 5.0 generated tokens/s")
+
+
 def test_prompts_come_from_standard_input_if_there_are_no_others(monkeypatch) -> None:
     import io
 
@@ -165,12 +209,54 @@ def test_a_wrong_command_line_says_so_with_status_2(arguments, capsys) -> None:
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["generate", "m", "x", "--max-modle-len", "5"], "did you mean '--max-model-len'?"),
+        (["generate", "m", "x", "--temprature=5"], "did you mean '--temperature'?"),
+        (["chat", "m", "--swap_spaces", "5"], "did you mean '--swap-space'?"),
+        (["generat", "m"], "did you mean 'generate'?"),
+    ],
+)
+def test_a_misspelt_flag_names_the_one_that_may_have_been_meant(arguments, hint, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert hint in capsys.readouterr().err
+
+
+def test_flags_of_vllm_that_are_none_of_ours_reach_the_model() -> None:
+    flags = ["--swap-space", "8", "--enable-lora", "-O", "3", "--compilation-config", '{"a": 1}']
+    _, llm = run("generate", "m", "x", *flags, "--no-enable-expert-parallel", "-q", "awq")
+    assert llm.engine_args == {
+        "swap_space": 8,
+        "enable_lora": True,
+        "optimization_level": 3,
+        "compilation_config": {"a": 1},
+        "enable_expert_parallel": False,
+        "quantization": "awq",
+    }
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "worker"])
+def test_the_help_of_every_flag_says_its_default(command) -> None:
+    _, make_parser = cli.COMMANDS[command]
+    shown = [
+        action
+        for action in make_parser()._actions
+        if action.option_strings and action.help != argparse.SUPPRESS
+    ]
+    without = [action.dest for action in shown if "(default: " not in action.help]
+    assert (len(shown) > 30, without) == (True, ["help"])
+
+
 def test_the_help_of_a_flag_is_the_docstring_of_its_field(capsys) -> None:
     with pytest.raises(SystemExit):
         run("generate", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "--gpu-memory-utilization X Share of the device's memory" in text
-    assert "--max-tokens N Longest output; None means up to the model's limit." in text
+    assert (
+        "--max-tokens N Longest output; None means up to the model's limit. (default: 128)" in text
+    )
 
 
 def test_convert_is_handed_to_the_converter(monkeypatch) -> None:
