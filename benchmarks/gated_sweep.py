@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxengine.pallas_kernels.gated_product_mosaic import GatedProductConfig, gated_product_mosaic
 from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
+from jaxengine.pallas_kernels.target import Target
 from tqdm import tqdm
 
 from benchmarks.device_rates import seconds_per_run
@@ -48,7 +49,8 @@ def variants() -> dict[str, Product]:
     for config in CONFIGS:
         values = dataclasses.asdict(config).items()
         name = "mosaic " + " ".join(f"{key}={value}" for key, value in values)
-        named[name] = functools.partial(gated_product_mosaic, config=config)
+        num_sms = Target.of(jax.devices()[0]).num_sms
+        named[name] = functools.partial(gated_product_mosaic, num_sms=num_sms, config=config)
     return named
 
 

@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.paged_attention import (
     DECODE_FUNCTIONS,
     RAGGED_FUNCTIONS,
     paged_attention,
 )
 from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
-from jaxengine.pallas_kernels.tiles import mosaic_decode_config, triton_decode_config
+from jaxengine.pallas_kernels.target import Target
+from jaxengine.pallas_kernels.tiles import triton_decode_config
 
 from benchmarks.device_rates import device_rates, seconds_per_run
 
@@ -50,6 +52,11 @@ class Case:
     dtype: str = "bfloat16"
     table_width: int = 0  # 0: as wide as the longest row needs
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attention_options(self) -> AttentionOptions:
+        """How scores are made."""
+        return AttentionOptions(self.head_dim**-0.5, **self.options)
 
     @property
     def num_tokens(self) -> int:
@@ -200,7 +207,7 @@ def decode_with(implementation: str, case: Case, config: Any = None) -> Attentio
         kwargs = {} if config is None else {"config": config}
         return function(
             q, inputs.k_cache, inputs.v_cache, table, inputs.seq_lens,
-            scale=case.head_dim**-0.5, **case.options, **kwargs,
+            options=case.attention_options, target=Target.of(jax.devices()[0]), **kwargs,
         )  # fmt: skip
 
     return run
@@ -213,7 +220,7 @@ def ragged_with(implementation: str, case: Case, config: Any = None) -> Attentio
         return function(
             q, inputs.k_cache, inputs.v_cache, table, inputs.seq_lens,
             inputs.query_start_loc, inputs.num_decode_rows,
-            scale=case.head_dim**-0.5, **case.options, **kwargs,
+            options=case.attention_options, target=Target.of(jax.devices()[0]), **kwargs,
         )  # fmt: skip
 
     return run
@@ -224,7 +231,8 @@ def op_with(implementation: str | None, case: Case) -> Attention:
         return paged_attention(
             q, inputs.k_cache, inputs.v_cache, table, inputs.seq_lens,
             inputs.query_start_loc, inputs.num_decode_rows,
-            scale=case.head_dim**-0.5, implementation=implementation, **case.options,
+            options=case.attention_options, target=Target.of(jax.devices()[0]),
+            implementation=implementation,
         )  # fmt: skip
 
     return run
@@ -271,9 +279,7 @@ class Bench:
             print(line(result), flush=True)
 
     def _expected(self, case: Case, inputs: Inputs) -> jax.Array:
-        reference = functools.partial(
-            paged_attention_reference, scale=case.head_dim**-0.5, **case.options
-        )
+        reference = functools.partial(paged_attention_reference, options=case.attention_options)
         out: jax.Array = jax.jit(reference)(
             inputs.q, inputs.k_cache, inputs.v_cache, inputs.tables[0], inputs.seq_lens,
             inputs.query_start_loc,
@@ -345,29 +351,21 @@ def decode_sweep(case: Case, implementation: str) -> Iterator[tuple[str, str, An
         {"min_split_tokens": 256},
         {"min_split_tokens": 512},
     ]
-    if implementation == "triton":
-        base = triton_decode_config(case.head_dim, len(case.rows), case.num_kv_heads, case.group)
-        steps: list[dict[str, Any]] = [
-            {"num_stages": 6},  # 2 to 4 compile to the same ring
-            {"tile_kv": 32, "num_stages": 4},
-            {"tile_kv": 128},
-            {"tile_kv": 128, "num_warps": 8},
-            {"num_warps": 2},
-            {"num_warps": 8},
-            {"tile_kv": 32, "num_warps": 2, "num_stages": 4},
-            {"tile_kv": 32, "num_warps": 1, "num_stages": 4},
-            *splits,
-        ]
-    else:
-        base = mosaic_decode_config(case.head_dim, len(case.rows))
-        steps = [
-            {"num_stages": 3},
-            {"num_stages": 4},
-            {"num_stages": 6},
-            {"tile_kv": 128},
-            {"tile_kv": 128, "num_stages": 3},
-            *splits,
-        ]
+    num_sms = Target.of(jax.devices()[0]).num_sms
+    base = triton_decode_config(
+        case.head_dim, len(case.rows), case.num_kv_heads, case.group, num_sms
+    )
+    steps: list[dict[str, Any]] = [
+        {"num_stages": 6},  # 2 to 4 compile to the same ring
+        {"tile_kv": 32, "num_stages": 4},
+        {"tile_kv": 128},
+        {"tile_kv": 128, "num_warps": 8},
+        {"num_warps": 2},
+        {"num_warps": 8},
+        {"tile_kv": 32, "num_warps": 2, "num_stages": 4},
+        {"tile_kv": 32, "num_warps": 1, "num_stages": 4},
+        *splits,
+    ]
     for step in steps:
         config = replace(base, **step)
         note = " ".join(f"{key}={value}" for key, value in step.items()) or "base"

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxengine.pallas_kernels.gated_product import gated_product
 from jaxengine.pallas_kernels.split_product import project, split_product
+from jaxengine.pallas_kernels.target import Target
 from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from tqdm import tqdm
 
@@ -55,14 +56,17 @@ def layer_products(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def our_product(name: str, num_rows: int) -> Product | None:
     """The kernel that a GPU's step has for a product of a layer; None if it takes XLA's."""
-    if jax.default_backend() != "gpu" or num_rows > FEW_ROWS or name == "logits":
+    target = Target.of(jax.devices()[0])
+    if not target.is_gpu or num_rows > FEW_ROWS or name == "logits":
         return None
     if name != "gate_up":
-        return functools.partial(split_product, implementation="triton")
+        return functools.partial(split_product, target=target, implementation="triton")
 
     def gate_up(rows: jax.Array, weight: jax.Array) -> jax.Array:
         halves = weight.reshape(2, -1, weight.shape[1])
-        return gated_product(rows, halves, activation="silu", implementation="triton")
+        return gated_product(
+            rows, halves, activation="silu", target=target, implementation="triton"
+        )
 
     return gate_up
 

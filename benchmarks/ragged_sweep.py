@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.ragged_attention_mosaic import (
     RaggedMosaicConfig,
     ragged_attention_mosaic,
@@ -25,6 +26,7 @@ from jaxengine.pallas_kernels.ragged_attention_triton import (
     RaggedTritonConfig,
     ragged_attention_triton,
 )
+from jaxengine.pallas_kernels.target import Target
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -181,7 +183,8 @@ def tera_flop(rows: list[tuple[int, int]]) -> float:
 
 def run_variant(batch: Batch, variant: Variant, expected: dict[int, jax.Array]) -> dict[str, Any]:
     def layers(q: list[jax.Array], *operands: jax.Array) -> list[jax.Array]:
-        return [variant.attention(one, *operands, scale=SCALE, config=variant.config) for one in q]
+        how = {"options": AttentionOptions(SCALE), "target": Target.of(jax.devices()[0])}
+        return [variant.attention(one, *operands, **how, config=variant.config) for one in q]
 
     program = jax.jit(layers)
     start = time.perf_counter()

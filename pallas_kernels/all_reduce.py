@@ -5,9 +5,12 @@ are faster with a kernel that writes there, which needs to know where: ``Peers``
 """
 
 import jax
-from jaxengine.pallas_kernels.all_reduce_triton import all_gather_triton, all_reduce_triton
+from jaxengine.pallas_kernels.backends import call_kernel
 from jaxengine.pallas_kernels.peers import Peers
 from jaxtyping import Array, Float, Int
+
+SUM = "jaxengine.pallas_kernels.all_reduce_triton:all_reduce_triton"
+GATHER = "jaxengine.pallas_kernels.all_reduce_triton:all_gather_triton"
 
 
 def all_reduce(
@@ -37,7 +40,7 @@ def all_reduce(
         raise ValueError("implementation 'triton' writes into the peers' memory: pass peers")
     if peers is not None and implementation != "reference":
         try:
-            return all_reduce_triton(x, peers, residual)
+            return call_kernel(SUM, x, peers, residual)
         except NotImplementedError:
             if implementation is not None:
                 raise
@@ -55,7 +58,7 @@ def all_gather(x: Int[Array, "T D"], peers: Peers | None, *, axis_name: str) -> 
     """
     if peers is not None:
         try:
-            return all_gather_triton(x, peers)
+            return call_kernel(GATHER, x, peers)
         except NotImplementedError:
             pass
     return jax.lax.all_gather(x, axis_name)

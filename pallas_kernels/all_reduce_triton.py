@@ -28,7 +28,6 @@ NotImplementedError.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,17 +35,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.norms import add_up, joining, sum_addends
 from jaxengine.pallas_kernels.operands import Addends, Norm
 from jaxengine.pallas_kernels.peers import DEPTH, LARGE_TILE, RING, SMALL_TILE, InboxLayout, Peers
-from jaxengine.pallas_kernels.residual_norm_triton import (
-    NormKind,
-    RowProblem,
-    add_row,
-    add_up,
-    check_row_operands,
-    normalised,
-    row_arrays,
-)
+from jaxengine.pallas_kernels.residual_norm_triton import add_row, normalised
 from jaxtyping import Array, Float, Int
 
 PACKED = 4  # numbers of a thread in a small array: two packets of 8 bytes, half of it data
@@ -91,47 +83,36 @@ def all_reduce_norm_triton(
     peers: Peers,
     residual: Float[Array, "T D"],
     norms: tuple[Norm, ...],
-    *,
     inner: Norm | None = None,
+    *,
     scale: float = 1.0,
 ) -> tuple[Float[Array, "T D"], tuple[Float[Array, "T D"], ...]]:
-    """Return the residual stream with the sum over all GPUs, and its norms, as ``residual_norm``.
+    """Return the sum over all GPUs with the residual added, and its norms, as ``residual_norm``.
 
     Args:
         addends: This GPU's; added up and rounded to the residual's dtype before they are sent.
         peers: Where to write, and the number of the call.
         residual: The same on all GPUs.
         norms: Of the stream.
-        inner: Of the sum before it joins.
-        scale: Factor on what joins.
+        inner: Norm of the sum; None for none.
+        scale: Factor on the sum.
 
     Raises:
-        NotImplementedError: For a dtype or a size not served; of a large array also for anything
-            but one product and one plain norm.
+        NotImplementedError: For a dtype or a size not served.
     """
     layout, (num_rows, num_columns) = peers.layout, residual.shape
-    check_row_operands(addends, residual, norms, inner)
+    if residual.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"all-reduce in Triton: {residual.dtype}, not of 16 bits")
     if num_columns % PACKED:  # a thread's numbers lie in one row, side by side
         raise NotImplementedError(f"all-reduce in Triton: D is {num_columns}, not n * {PACKED}")
     padded = max(PACKED * 32, pl.next_power_of_2(num_columns))
     if num_rows * padded <= layout.small_elements and padded <= MAX_ROW:
-        problem = RowProblem.of(addends, norms, inner, scale)
-        arrays = row_arrays(addends, residual, norms, inner)
-        like = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
-        total, *normed = _add_rows(layout, problem, padded, like, *_where(peers), *arrays)
-        return total, tuple(normed)
+        return _add_rows(layout, scale, padded, addends, *_where(peers), residual, norms, inner)
     fits = residual.size <= layout.large_elements and LARGE_TILE % num_columns == 0
-    is_plain = addends.is_single and len(norms) == 1 and norms[0].is_plain
-    is_plain &= inner is None and scale == 1
-    parts = addends.arrays[0]
-    if not (fits and is_plain and layout.num_gpus == 2 and parts.shape[0] == 1):
+    if not (fits and layout.num_gpus == 2 and num_columns >= VECTOR):
         raise NotImplementedError(f"all-reduce in Triton, with norm: {residual.shape}, {layout}")
-    if num_columns < VECTOR:
-        raise NotImplementedError(f"all-reduce in Triton, with norm: D is {num_columns}")
-    x = parts[0].astype(residual.dtype)
-    where = _where(peers)
-    total, normed = _add_large_rows(layout, norms[0].eps, x, *where, residual, norms[0].weight)
-    return total, (normed,)
+    x = sum_addends(addends, residual.dtype, with_bias=False)
+    return _add_large_rows(layout, scale, x, *_where(peers), residual, addends.bias, norms, inner)
 
 
 def all_gather_triton(x: Int[Array, "T D"], peers: Peers) -> Int[Array, "N T D"]:
@@ -296,30 +277,28 @@ def _num_registers(args: list[jax.Array]) -> int:
     return sum(PACKED * arg.dtype.itemsize // 4 for arg in args)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _add_rows(
-    layout: InboxLayout,
-    problem: RowProblem,
-    padded: int,
-    like: jax.ShapeDtypeStruct,
-    *arrays: jax.Array,
-) -> tuple[jax.Array, ...]:
+    layout: InboxLayout, scale: float, padded: int, addends: Addends, *others: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    *_, residual, norms, _ = others
+    like = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     num_warps = min(MAX_WARPS, padded // PACKED // 32)
-    outputs = pl.pallas_call(
-        functools.partial(_rows_kernel, layout, problem, padded, like.shape[1]),
-        grid=(like.shape[0],),
-        out_shape=(like,) * (1 + len(problem.norms)),
+    total, normed = pl.pallas_call(
+        functools.partial(_rows_kernel, layout, scale, padded),
+        grid=(residual.shape[0],),
+        out_shape=(like, (like,) * len(norms)),
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         name="all_reduce_norm_small",
-    )(*arrays)
-    return tuple(outputs)
+    )(addends, *others)
+    return total, normed
 
 
 def _rows_kernel(
     layout: InboxLayout,
-    problem: RowProblem,
+    scale: float,
     padded: int,
-    num_columns: int,
+    addends: Addends,
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
@@ -329,51 +308,54 @@ def _rows_kernel(
 
     def over_gpus(x: jax.Array, where: jax.Array) -> jax.Array:
         parts = _exchange(layout, x, where, addresses_ref, origin_ref, calls_before_ref)
-        return add_up(parts).astype(x.dtype)
+        return add_up(parts)
 
-    add_row(problem, padded, num_columns, over_gpus, *row_refs)
+    add_row(scale, padded, over_gpus, addends, *row_refs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add_large(layout: InboxLayout, x: jax.Array, *where: jax.Array) -> jax.Array:
-    return _call_large(layout, None, x, *where)[0]
+def _add_large(layout: InboxLayout, x: jax.Array, *others: jax.Array) -> jax.Array:
+    where, residual = others[:3], others[3:]
+    total, _ = _call_large(layout, 1.0, x, *where, *(residual or (None,)), None, (), None)
+    return total
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _add_large_rows(
-    layout: InboxLayout, eps: float, x: jax.Array, *others: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    total, normed = _call_large(layout, eps, x, *others)
-    return total, normed
+    layout: InboxLayout, scale: float, x: jax.Array, *others: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _call_large(layout, scale, x, *others)
 
 
 def _call_large(
-    layout: InboxLayout, eps: float | None, x: jax.Array, *others: jax.Array
-) -> Sequence[jax.Array]:
+    layout: InboxLayout, scale: float, x: jax.Array, *others: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    *_, norms, inner = others
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    outputs: Sequence[jax.Array] = pl.pallas_call(
-        functools.partial(_large_kernel, layout, eps),
+    total, normed = pl.pallas_call(
+        functools.partial(_large_kernel, layout, scale),
         grid=(layout.num_programs,),
-        out_shape=(like,) if eps is None else (like, like),
+        out_shape=(like, (like,) * len(norms)),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        name="all_reduce_large" if eps is None else "all_reduce_norm_large",
+        name="all_reduce_norm_large" if norms or inner else "all_reduce_large",
     )(x, *others)
-    return outputs
+    return total, normed
 
 
 def _large_kernel(
     layout: InboxLayout,
-    eps: float | None,
+    scale: float,
     x_ref: Any,
     addresses_ref: Any,
     origin_ref: Any,
     calls_before_ref: Any,
-    *rest: Any,
+    residual_ref: Any,
+    bias_ref: Any,
+    norms: tuple[Norm, ...],
+    inner: Norm | None,
+    out_ref: Any,
+    normed_refs: tuple[Any, ...],
 ) -> None:
-    if eps is None:
-        *residual_ref, out_ref = rest
-    else:
-        *residual_ref, weight_ref, out_ref, normed_ref = rest
     program, num_programs = pl.program_id(0), layout.num_programs
     size = x_ref.size
     rank, call = origin_ref[0], origin_ref[1] + calls_before_ref[0]
@@ -429,14 +411,25 @@ def _large_kernel(
             pack=VECTOR,
             result_shape_dtypes=[jax.ShapeDtypeStruct((LARGE_TILE,), x.dtype)],
         )
-        total = _store(out_ref, where, is_real, add_up([x, theirs]), *residual_ref)
-        if eps is not None:
-            num_columns = out_ref.shape[1]  # a tile is some whole rows
-            rows = jnp.reshape(total, (LARGE_TILE // num_columns, num_columns))
-            weight = plt.load(weight_ref.at[jnp.arange(num_columns)])
-            kind = NormKind("rms", eps, offset=0.0, has_weight=True, has_bias=False)
-            normed = normalised(rows, kind, [weight[None, :]], num_columns).reshape(total.shape)
-            plt.store(_at(normed_ref, where), normed, mask=is_real)
+        num_columns = out_ref.shape[1]  # with norms, a tile is some whole rows
+
+        def norm_of(x: jax.Array, norm: Norm) -> jax.Array:
+            rows = jnp.reshape(x, (LARGE_TILE // num_columns, num_columns))
+            columns = jnp.arange(num_columns)
+            loaded = jax.tree.map(lambda ref: plt.load(ref.at[columns])[None, :], norm)
+            return jnp.reshape(normalised(rows, loaded, num_columns, None), x.shape)
+
+        bias = None if bias_ref is None else plt.load(bias_ref.at[lax.rem(where, num_columns)])
+        joined = joining(
+            add_up([x, theirs]),
+            out_ref.dtype,
+            bias=bias,
+            inner=None if inner is None else functools.partial(norm_of, norm=inner),
+            scale=scale,
+        )
+        total = _store(out_ref, where, is_real, joined, residual_ref)
+        for norm, normed_ref in zip(norms, normed_refs, strict=True):
+            plt.store(_at(normed_ref, where), norm_of(total, norm), mask=is_real)
 
     def one(number: jax.Array, nothing: None) -> None:
         @pl.when(number >= DEPTH)

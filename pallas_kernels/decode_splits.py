@@ -22,14 +22,6 @@ class DecodeSplits(NamedTuple):
     end_split: jax.Array  # [num_splits] int32 index after its last
 
 
-class DecodeMerges(NamedTuple):
-    """One entry for a row that has several splits."""
-
-    row: jax.Array  # [num_merges] int32; -1 for an unused entry
-    first_split: jax.Array  # [num_merges] int32 index of the row's first split
-    end_split: jax.Array  # [num_merges] int32 index after its last
-
-
 def split_rows(
     seq_lens: Int[Array, " B"],
     *,
@@ -74,24 +66,6 @@ def split_rows(
         stop=_int32(stop),
         first_split=_int32(jnp.where(is_used, ends[row] - splits_of_row[row], 0)),
         end_split=_int32(jnp.where(is_used, ends[row], 0)),
-    )
-
-
-def split_merges(splits: DecodeSplits, *, max_merges: int) -> DecodeMerges:
-    """Collect the rows that have several splits.
-
-    Args:
-        splits: From ``split_rows``.
-        max_merges: Most such rows: each takes an extra split, so no more than ``num_extra``.
-    """
-    index = jnp.arange(splits.row.shape[0])
-    starts_a_merge = (index == splits.first_split) & (splits.end_split - splits.first_split > 1)
-    where = jnp.nonzero(starts_a_merge, size=max_merges, fill_value=-1)[0]
-    is_used = where >= 0
-    return DecodeMerges(
-        row=_int32(jnp.where(is_used, splits.row[where], -1)),
-        first_split=splits.first_split[where],
-        end_split=splits.end_split[where],
     )
 
 

@@ -3,8 +3,8 @@
 A decode step of few rows waits for the weights' bytes, and between its products for a dozen tiny
 kernels a layer. So a product here leaves the last of its work to the kernel that reads it: its
 inner dimension is cut into splits, which fill the GPU, and whoever takes the result adds them up
-(``residual_norm``, ``rope_kv_write``). The gated product needs no such cut and applies its
-activation at once.
+(``residual_norm``, ``rope_kv_write``). The first product of a feed-forward layer needs no such cut
+and applies its activation at once, and its gate if there is one.
 
 Grid (tiles of the output, splits): a program multiplies all rows, padded to the 16 that the tensor
 cores want, with a stretch of ``tile_out`` rows of the weight.
@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxengine.pallas_kernels.error_function import gelu
-from jaxengine.pallas_kernels.gated_product_reference import ACTIVATIONS
+from jaxengine.pallas_kernels.activations import KERNEL_ACTIVATIONS
 from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
 
@@ -64,14 +63,6 @@ GATED_CONFIGS = {
 }
 
 
-ACTIVATED_CONFIGS = (
-    FewRowsConfig(tile_in=64, num_stages=4),
-    FewRowsConfig(tile_out=16, tile_in=64),
-)
-# The error function is none of Triton's.
-KERNEL_ACTIVATIONS = {**ACTIVATIONS, "gelu": gelu}
-
-
 def split_product_triton(
     x: Float[Array, "T I"],
     weight: Float[Array, "O I"],
@@ -103,7 +94,7 @@ def gated_few_rows_triton(
     config: FewRowsConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T F"]:
-    """Return ``activation(x Wg^T) * (x Wu^T)``, computed in float32.
+    """Return ``activation(x Wg^T + bg) * (x Wu^T + bu)``, computed in float32.
 
     Args:
         x: Rows.
@@ -117,8 +108,8 @@ def gated_few_rows_triton(
         ValueError: If the configuration cuts the inner dimension: nobody would add up the parts.
         NotImplementedError: If the dtype or a size is not served.
     """
-    measured = GATED_CONFIGS[16 if x.shape[0] <= 16 else 32]
-    return _activated(x, weight, bias, activation, config, measured, interpret)
+    config = _choose_whole(x, weight.shape[1], config)
+    return _launch_gated(config, activation, interpret, x, weight, bias)
 
 
 def activated_few_rows_triton(
@@ -130,27 +121,19 @@ def activated_few_rows_triton(
     config: FewRowsConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T F"]:
-    """Return ``activation(x W^T)``, computed in float32; as ``gated_few_rows_triton``."""
-    own_bias = None if bias is None else bias[None]
-    return _activated(x, weight[None], own_bias, activation, config, ACTIVATED_CONFIGS, interpret)
+    """Return ``activation(x W^T + b)``, computed in float32; the rest as the gated product."""
+    config = _choose_whole(x, weight.shape[0], config)
+    bias = None if bias is None else bias[None]
+    return _launch_gated(config, activation, interpret, x, weight[None], bias)
 
 
-def _activated(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    activation: str,
-    config: FewRowsConfig | None,
-    measured: Sequence[FewRowsConfig],
-    interpret: bool,
-) -> jax.Array:
+def _choose_whole(x: jax.Array, num_out: int, config: FewRowsConfig | None) -> FewRowsConfig:
     if config is not None and config.num_splits != 1:
         raise ValueError(
             f"num_splits is {config.num_splits}, but the activation needs whole sums: use 1"
         )
-    config = _choose(x, weight.shape[1], measured if config is None else (config,))
-    arrays = (x, weight) if bias is None else (x, weight, bias)
-    return _launch_activated(config, activation, interpret, *arrays)
+    measured = GATED_CONFIGS[16 if x.shape[0] <= 16 else 32]
+    return _choose(x, num_out, measured if config is None else (config,))
 
 
 def _choose(x: jax.Array, num_out: int, configs: Sequence[FewRowsConfig]) -> FewRowsConfig:
@@ -183,22 +166,22 @@ def _launch_split(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _launch_activated(
+def _launch_gated(
     config: FewRowsConfig,
     activation: str,
     interpret: bool,
     x: jax.Array,
     weight: jax.Array,
-    *bias: jax.Array,
+    bias: jax.Array | None,
 ) -> jax.Array:
     return pl.pallas_call(
-        functools.partial(_activated_kernel, config, activation),
+        functools.partial(_gated_kernel, config, activation),
         grid=(weight.shape[1] // config.tile_out,),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype),
         compiler_params=_compiler_params(config),
         interpret=interpret,
         name="gated_few_rows" if weight.shape[0] == 2 else "activated_few_rows",
-    )(x, weight, *bias)
+    )(x, weight, bias)
 
 
 def _compiler_params(config: FewRowsConfig) -> Any:
@@ -213,22 +196,25 @@ def _split_kernel(config: FewRowsConfig, x_ref: Any, weight_ref: Any, out_ref: A
     plt.store(out_ref.at[split, rows[:, None], outs[None, :]], product, mask=is_real[:, None])
 
 
-def _activated_kernel(
-    config: FewRowsConfig, activation: str, x_ref: Any, weight_ref: Any, *rest: Any
+def _gated_kernel(
+    config: FewRowsConfig,
+    activation: str,
+    x_ref: Any,
+    weight_ref: Any,
+    bias_ref: Any,
+    out_ref: Any,
 ) -> None:
-    *bias_ref, out_ref = rest
     rows, is_real, outs = _rows_and_outs(config, x_ref)
-    halves = range(weight_ref.shape[0])
-    weights = [lambda k, half=half: weight_ref.at[half, outs[:, None], k] for half in halves]
+    sides = range(weight_ref.shape[0])  # the gate and what it gates, or the gate alone
+    weights = [lambda k, side=side: weight_ref.at[side, outs[:, None], k] for side in sides]
     products = _multiply(config, x_ref, rows, is_real, weights, 0)
-    for ref in bias_ref:
-        biases = [plt.load(ref.at[half, outs]).astype(jnp.float32)[None, :] for half in halves]
-        products = tuple(p + bias for p, bias in zip(products, biases, strict=True))
-    activated = KERNEL_ACTIVATIONS[activation](products[0])
-    for up in products[1:]:
-        activated = activated * up
-    where = out_ref.at[rows[:, None], outs[None, :]]
-    plt.store(where, activated.astype(out_ref.dtype), mask=is_real[:, None])
+    if bias_ref is not None:
+        biases = [plt.load(bias_ref.at[side, outs]).astype(jnp.float32) for side in sides]
+        products = tuple(p + bias[None, :] for p, bias in zip(products, biases, strict=True))
+    gate, *up = products
+    gated = KERNEL_ACTIVATIONS[activation](gate)
+    gated = (gated * up[0] if up else gated).astype(out_ref.dtype)
+    plt.store(out_ref.at[rows[:, None], outs[None, :]], gated, mask=is_real[:, None])
 
 
 def _rows_and_outs(config: FewRowsConfig, x_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

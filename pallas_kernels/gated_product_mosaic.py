@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxengine.pallas_kernels.tiles import num_sms
+from jaxengine.pallas_kernels.target import DEFAULT_NUM_SMS
 from jaxtyping import Array, Float
 
 LOG2_E = 1.4426950408889634
@@ -112,6 +112,7 @@ def gated_product_mosaic(
     bias: Float[Array, "2 F"] | None = None,
     *,
     activation: str = "silu",
+    num_sms: int = DEFAULT_NUM_SMS,
     config: GatedProductConfig | None = None,
     interpret: Any = None,
 ) -> Float[Array, "T F"]:
@@ -120,20 +121,21 @@ def gated_product_mosaic(
     Args:
         x: Rows.
         weight: Gate and up.
-        bias: Only None.
+        bias: Of both; None for none.
         activation: Only "silu".
+        num_sms: Of the GPU.
         config: Tile sizes and schedule; None for the default of the number of rows.
         interpret: ``plgpu.InterpretGPUParams`` to run on the CPU, slowly, for tests.
 
     Raises:
         NotImplementedError: For an activation, dtype, shape or jax version not served.
     """
-    if bias is not None:
-        raise NotImplementedError("gated product in Mosaic: a bias")
     config = config or default_config(x.shape[0])
     _check_supported(x, weight, activation, config)
+    if bias is not None:
+        raise NotImplementedError("gated Mosaic product: a bias")
     tiles_down, num_columns = x.shape[0] // (TILE_ROWS * config.cluster), weight.shape[1]
-    num_clusters = num_sms() // config.cluster
+    num_clusters = num_sms // config.cluster
     columns = config.tile_columns or best_tile_columns(tiles_down, num_columns, num_clusters)
     tiles = tiles_down, num_columns // columns
     problem = _Problem(

@@ -1,27 +1,9 @@
 """The first half of a feed-forward layer in plain jnp: the specification, and XLA's way."""
 
 import jax
-import jax.numpy as jnp
+from jaxengine.pallas_kernels.activations import ACTIVATIONS
 from jaxengine.pallas_kernels.split_product_reference import project
 from jaxtyping import Array, Float
-
-
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-# By Hugging Face's names, several of which mean the same.
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
 
 
 def gate(gate_up: Float[Array, "T 2 F"], activation: str) -> Float[Array, "T F"]:
@@ -36,9 +18,9 @@ def gated_product_reference(
     *,
     activation: str,
 ) -> Float[Array, "T F"]:
-    """As ``gated_product``. The product is rounded to x's dtype before bias and activation."""
+    """As ``gated_product``. The product is rounded to x's dtype before the activation."""
     rows = weight.reshape(-1, weight.shape[2])
-    gate_up = jnp.reshape(project(x, rows), (x.shape[0], 2, weight.shape[1]))
+    gate_up = project(x, rows).reshape(x.shape[0], 2, weight.shape[1])
     return gate(gate_up if bias is None else gate_up + bias, activation)
 
 
@@ -49,6 +31,6 @@ def activated_product_reference(
     *,
     activation: str,
 ) -> Float[Array, "T F"]:
-    """As ``activated_product``. The product is rounded to x's dtype before bias and activation."""
-    product = project(x, weight)
+    """As ``activated_product``. The product is rounded to x's dtype before the activation."""
+    product: jax.Array = project(x, weight)
     return ACTIVATIONS[activation](product if bias is None else product + bias)

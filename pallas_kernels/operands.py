@@ -1,73 +1,79 @@
-"""What several ops take beside plain arrays: sums that are due, norms, options of attention."""
+"""What ops take beside plain arrays: norms, sums that are yet to be taken, attention's options."""
 
 import dataclasses
-from typing import Literal
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+
+NORM_KINDS = ("rms", "layer")
+_STATIC: dict[str, Any] = {"static": True}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A normalisation over the last axis.
+    """A norm over the last axis, or over the head dimension of each head.
 
-    "rms" (arXiv:1910.07467): ``x / sqrt(mean(x^2) + eps) * weight``. "layer" (arXiv:1607.06450):
-    ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``. In float32; the rms norm is rounded
-    before the product with the weight, as Hugging Face's Llama has it, unless there is an offset:
-    then the weight is ``offset + weight``, and rounding comes last, as its Gemma has it.
+    "rms": ``x / rms(x)``, cast, times weight (Llama); with an offset times ``offset + weight`` in
+    float32 before the cast (Gemma). "layer": ``(x - mean) / deviation * (offset + weight) + bias``,
+    all in float32 before the cast.
 
     Attributes:
-        weight: [D], or with leading axes where heads have weights of their own; None for 1.
-        bias: Likewise; None for 0.
-        eps: Added to the mean square or the variance.
-        kind: Which of the two.
-        offset: Added to the weight.
+        weight: [D], or of heads [H], or [N, H] with one for each; None for none.
+        bias: Like the weight; None for none.
+        eps: Static. Added to the mean square, or to the variance.
+        kind: Static. One of ``NORM_KINDS``.
+        offset: Static. Added to the weight.
     """
 
-    weight: Array | None
-    bias: Array | None
-    eps: float = dataclasses.field(metadata={"static": True})
-    kind: Literal["rms", "layer"] = dataclasses.field(default="rms", metadata={"static": True})
-    offset: float = dataclasses.field(default=0.0, metadata={"static": True})
+    weight: jax.Array | None
+    bias: jax.Array | None = None
+    eps: float = dataclasses.field(default=1e-6, metadata=_STATIC)
+    kind: str = dataclasses.field(default="rms", metadata=_STATIC)
+    offset: float = dataclasses.field(default=0.0, metadata=_STATIC)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the norm that every kernel serves: rms, one weight, no offset or bias."""
-        has_weight = self.weight is not None and self.weight.ndim == 1
-        return self.kind == "rms" and has_weight and self.bias is None and self.offset == 0
+    def __post_init__(self) -> None:
+        """Refuse a kind that nobody computes."""
+        if self.kind not in NORM_KINDS:
+            raise ValueError(f"norm {self.kind!r} is not one of {', '.join(NORM_KINDS)}")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Addends:
-    """A sum that is due: whoever reads it adds it up, in float32, and rounds once.
+    """Arrays that are yet to be added up, by whoever reads them: in float32, rounded once.
+
+    They are a product's parts (``split_product``), or of several products that go into one sum,
+    as attention's and the feed-forward layer's of a parallel residual.
 
     Attributes:
-        arrays: [S, T, ...] each, with S parts of a product, in float32 or the activations' dtype.
-            Those of all shards count.
-        bias: [...], the same on all shards and added once; None for none.
+        arrays: [S_i, T, *shape] each, in float32 or the type of the activations.
+        bias: [*shape], the same on all shards; added once, after the sum over shards.
     """
 
-    arrays: tuple[Float[Array, "S T *shape"], ...]
-    bias: Float[Array, "*shape"] | None = None
+    arrays: tuple[jax.Array, ...]
+    bias: jax.Array | None = None
 
     def __add__(self, other: "Addends") -> "Addends":
         """Both sums together."""
-        bias = other.bias if self.bias is None else self.bias
-        if self.bias is not None and other.bias is not None:
-            bias = self.bias + other.bias
+        biases = [bias for bias in (self.bias, other.bias) if bias is not None]
+        bias = biases[0] + biases[1] if len(biases) == 2 else next(iter(biases), None)
         return Addends(self.arrays + other.arrays, bias)
 
     @property
-    def is_single(self) -> bool:
-        """Whether it is one product without a bias."""
-        return len(self.arrays) == 1 and self.bias is None
+    def num_rows(self) -> int:
+        """T."""
+        return self.arrays[0].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the sum: [T, *shape]."""
+        return self.arrays[0].shape[1:]
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """How scores are made of queries and keys.
+    """How scores are made. Static: it is part of a kernel.
 
     Attributes:
         scale: Factor on q . k.
@@ -78,3 +84,10 @@ class AttentionOptions:
     scale: float
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}; use None for no window")
+        if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
+            raise ValueError(f"logits_soft_cap is {self.logits_soft_cap}; use None for no cap")

@@ -5,6 +5,7 @@ One query token at a time over the whole block table, dense, in float32. Nothing
 
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxtyping import Array, Float, Int
 
 
@@ -15,12 +16,10 @@ def paged_attention_reference(
     block_tables: Int[Array, "B W"],
     seq_lens: Int[Array, " B"],
     query_start_loc: Int[Array, " B_plus_1"],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
 ) -> Float[Array, "T N H"]:
     """Attend each query token to the keys of its row at or before its own position.
 
@@ -33,11 +32,9 @@ def paged_attention_reference(
         block_tables: Physical block ids of each row.
         seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
         query_start_loc: First token of each row, and the end of the last.
-        scale: Factor on q . k.
-        sliding_window: A query at position p sees keys in (p - sliding_window, p].
-        logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
         alibi_slopes: slope[n] * (key position - query position) is added to the scores.
-        sinks: A score that each head has beside those of the keys, whose value is nothing.
+        sinks: Of each query head, a score that takes its share of the softmax and has no value.
+        options: Scale, window and soft cap.
 
     Returns:
         Attention output in q.dtype; 0 for tokens that belong to no row.
@@ -55,26 +52,27 @@ def paged_attention_reference(
         v = jnp.moveaxis(v_cache[block_tables[row]], 1, 0).reshape(num_kv_heads, -1, H)
         key_positions = jnp.arange(k.shape[1])
         visible = owned & (key_positions <= position)
-        if sliding_window is not None:
-            visible &= key_positions > position - sliding_window
+        if options.sliding_window is not None:
+            visible &= key_positions > position - options.sliding_window
 
         queries = q[t].reshape(num_kv_heads, N // num_kv_heads, H).astype(jnp.float32)
-        scores = scale * jnp.einsum(
+        scores = options.scale * jnp.einsum(
             "KGH,KSH->KGS", queries, k.astype(jnp.float32), precision="highest"
         )
-        if logits_soft_cap is not None:
-            scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+        cap = options.logits_soft_cap
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
         if alibi_slopes is not None:
             slopes = alibi_slopes.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
             scores += slopes * (key_positions - position)
-        # where= keeps a token with no visible key at probability 0 instead of NaN.
+        is_in_softmax = jnp.broadcast_to(visible, scores.shape)
         if sinks is not None:
             sink = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
             scores = jnp.concatenate([scores, sink], axis=-1)
-            probabilities = jax.nn.softmax(scores, axis=-1, where=jnp.append(visible, owned))
-            probabilities = probabilities[..., :-1]
-        else:
-            probabilities = jax.nn.softmax(scores, axis=-1, where=visible)
+            is_in_softmax = jnp.pad(is_in_softmax, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        # where= keeps a token with no visible key at probability 0 instead of NaN.
+        probabilities = jax.nn.softmax(scores, axis=-1, where=is_in_softmax)
+        probabilities = probabilities[..., : k.shape[1]]
         values = jnp.where(visible[:, None], v.astype(jnp.float32), 0.0)
         return jnp.einsum("KGS,KSH->KGH", probabilities, values, precision="highest").reshape(N, H)
 

@@ -8,6 +8,8 @@ Source: FlashAttention, arXiv:2205.14135, Algorithm 1 (running maximum and sum),
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxengine.pallas_kernels.operands import AttentionOptions
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float, Int
 
 # Tile sizes measured on a 2-core CPU with SmolLM2's shapes (9 query heads, 3 KV heads of 64).
@@ -28,20 +30,21 @@ def paged_decode_xla(
     v_cache: Float[Array, "num_blocks K block_size H"],
     block_tables: Int[Array, "B W"],
     seq_lens: Int[Array, " B"],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
+    target: Target,
 ) -> Float[Array, "B N H"]:
     """Attention of one query token a row, the last of its sequence; rows of length 0 give 0.
 
     Rows are sorted by length and walked in groups, tile by tile: a group takes as long as its
-    longest row, and the groups' loops run beside each other.
+    longest row, and the groups' loops run beside each other. Arguments are those of the op.
     """
-    B = q.shape[0]
-    slopes = _grouped(alibi_slopes, k_cache.shape[1])
+    del target  # serves all
+    B, K = q.shape[0], k_cache.shape[1]
+    slopes, sinks = _by_kv_head(alibi_slopes, K), _by_kv_head(sinks, K)
+    sinks = None if sinks is None else sinks[..., 0]
 
     def attend(q: jax.Array, block_tables: jax.Array, seq_lens: jax.Array) -> jax.Array:
         return _decode_in_lockstep(
@@ -51,10 +54,8 @@ def paged_decode_xla(
             block_tables,
             seq_lens,
             slopes,
-            _grouped(sinks, k_cache.shape[1]),
-            scale=scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
+            sinks,
+            options=options,
         )
 
     num_groups = min(MAX_DECODE_GROUPS, B // DECODE_GROUP_ROWS)
@@ -76,17 +77,16 @@ def _decode_in_lockstep(
     slopes: jax.Array | None,
     sinks: jax.Array | None,
     *,
-    scale: float,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
+    options: AttentionOptions,
 ) -> jax.Array:
     """Attend a group of rows, all to their next KV tile at a time."""
     B, N, H = q.shape
     K, block_size = k_cache.shape[1:3]
     G = N // K
+    window = options.sliding_window
     blocks_per_tile = max(1, DECODE_TILE_KV // block_size)
     tile_kv = blocks_per_tile * block_size
-    queries = q.reshape(B, K, G, H).astype(jnp.float32) * scale
+    queries = q.reshape(B, K, G, H).astype(jnp.float32) * options.scale
     padding = -block_tables.shape[1] % blocks_per_tile
     block_tables = jnp.pad(block_tables, ((0, 0), (0, padding)))  # a slice must not be shifted
 
@@ -101,10 +101,10 @@ def _decode_in_lockstep(
 
         distance = tile * tile_kv + jnp.arange(tile_kv) - (seq_lens - 1)[:, None]
         scores = jnp.einsum("BKGH,BKSH->BKGS", queries, k, precision="highest")
-        scores = _biased(scores, distance[:, None, None], slopes, logits_soft_cap)
+        scores = _biased(scores, distance[:, None, None], slopes, options)
         visible = distance <= 0
-        if sliding_window is not None:
-            visible &= distance > -sliding_window
+        if window is not None:
+            visible &= distance > -window
         scores = jnp.where(visible[:, None, None], scores, MASKED)
 
         new_maximum = jnp.maximum(maximum, scores.max(-1))
@@ -114,8 +114,8 @@ def _decode_in_lockstep(
         weighted = (weights[..., None] * v[:, :, None]).sum(3)
         return acc * decay[..., None] + weighted, new_maximum, total * decay + weights.sum(-1)
 
-    start = _started((B, K, G), H, None if sinks is None else sinks[..., 0])
-    first_key = 0 if sliding_window is None else jnp.maximum(seq_lens.min() - sliding_window, 0)
+    start = (jnp.zeros((B, K, G, H), jnp.float32), *_start(sinks, (B, K, G)))
+    first_key = 0 if window is None else jnp.maximum(seq_lens.min() - window, 0)
     end_tile = (seq_lens.max() + tile_kv - 1) // tile_kv
     acc, _, total = lax.fori_loop(first_key // tile_kv, end_tile, reduce_tile, start)
     # A row of length 0 has only met masked keys, each with weight 1.
@@ -131,15 +131,19 @@ def ragged_attention_xla(
     seq_lens: Int[Array, " B"],
     query_start_loc: Int[Array, " B_plus_1"],
     num_decode_rows: Int[Array, ""],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
+    target: Target,
 ) -> Float[Array, "T N H"]:
-    """Attention of the rows from ``num_decode_rows`` on; other tokens give 0."""
-    T = q.shape[0]
+    """Attention of the rows from ``num_decode_rows`` on; other tokens give 0.
+
+    Arguments are those of the op.
+    """
+    del target  # serves all
+    T, K = q.shape[0], k_cache.shape[1]
+    slopes, sinks = _by_kv_head(alibi_slopes, K), _by_kv_head(sinks, K)
     query_lens = jnp.diff(query_start_loc)
     is_ragged = jnp.arange(block_tables.shape[0]) >= num_decode_rows
     widest = max(tile_q for tile_q, _, _ in RAGGED_TILES)
@@ -160,13 +164,11 @@ def ragged_attention_xla(
             seq_lens,
             query_start_loc,
             jnp.where(is_mine, query_lens, 0),
+            slopes,
+            sinks,
             tile_q=tile_q,
             tile_kv=tile_kv,
-            scale=scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            options=options,
         )
     return out[:T]
 
@@ -180,14 +182,12 @@ def _attend_rows(
     seq_lens: jax.Array,
     query_start_loc: jax.Array,
     query_lens: jax.Array,
+    slopes: jax.Array | None,
+    sinks: jax.Array | None,
     *,
     tile_q: int,
     tile_kv: int,
-    scale: float,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
-    alibi_slopes: jax.Array | None,
-    sinks: jax.Array | None,
+    options: AttentionOptions,
 ) -> jax.Array:
     """Fill in the rows of ``out`` that have query_lens > 0, one query tile after the other."""
     _, N, H = q.shape
@@ -195,8 +195,8 @@ def _attend_rows(
     G = N // K
     blocks_per_tile = max(1, tile_kv // block_size)
     tile_kv = blocks_per_tile * block_size
-    slopes = _grouped(alibi_slopes, K)
     slopes = None if slopes is None else slopes[..., None]
+    window = options.sliding_window
     num_tiles = (query_lens + tile_q - 1) // tile_q
     ends = jnp.cumsum(num_tiles)
 
@@ -206,7 +206,7 @@ def _attend_rows(
         token = query_start_loc[row] + row_offset
         first_position = seq_lens[row] - query_lens[row] + row_offset
         position = first_position + jnp.arange(tile_q)
-        queries = lax.dynamic_slice_in_dim(q, token, tile_q).astype(jnp.float32) * scale
+        queries = lax.dynamic_slice_in_dim(q, token, tile_q).astype(jnp.float32) * options.scale
         queries = queries.reshape(tile_q, K, G, H).transpose(1, 2, 0, 3)
 
         def reduce_kv_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -216,10 +216,10 @@ def _attend_rows(
             k, v = _gather(k_cache, blocks), _gather(v_cache, blocks)  # [K, tile_kv, H]
             distance = (tile * tile_kv + jnp.arange(tile_kv)) - position[:, None]
             scores = jnp.einsum("KGQH,KSH->KGQS", queries, k, precision="highest")
-            scores = _biased(scores, distance, slopes, logits_soft_cap)
+            scores = _biased(scores, distance, slopes, options)
             visible = distance <= 0
-            if sliding_window is not None:
-                visible &= distance > -sliding_window
+            if window is not None:
+                visible &= distance > -window
             scores = jnp.where(visible, scores, MASKED)
             new_maximum = jnp.maximum(maximum, scores.max(-1))
             weights = jnp.exp(scores - new_maximum[..., None])
@@ -227,9 +227,12 @@ def _attend_rows(
             weighted = jnp.einsum("KGQS,KSH->KGQH", weights, v, precision="highest")
             return acc * decay[..., None] + weighted, new_maximum, total * decay + weights.sum(-1)
 
-        first_key = 0 if sliding_window is None else first_position - sliding_window + 1
+        first_key = 0 if window is None else first_position - window + 1
         last_key = jnp.minimum(first_position + tile_q, seq_lens[row])
-        start = _started((K, G, tile_q), H, _grouped(sinks, K))
+        start = (
+            jnp.zeros((K, G, tile_q, H), jnp.float32),
+            *_start(sinks, (K, G, tile_q)),
+        )
         acc, _, total = lax.fori_loop(
             jnp.maximum(first_key, 0) // tile_kv,
             (last_key + tile_kv - 1) // tile_kv,
@@ -264,27 +267,29 @@ def _gather(cache: jax.Array, blocks: jax.Array) -> jax.Array:
     return tile.reshape(*blocks.shape[:-1], K, blocks.shape[-1] * block_size, H)
 
 
-def _grouped(of_heads: jax.Array | None, K: int) -> jax.Array | None:
-    """A number a head, [N], by KV head: [K, G, 1]."""
-    return None if of_heads is None else of_heads.astype(jnp.float32).reshape(K, -1, 1)
+def _by_kv_head(per_head: jax.Array | None, K: int) -> jax.Array | None:
+    """Numbers of the query heads, [K, G, 1]."""
+    return None if per_head is None else per_head.astype(jnp.float32).reshape(K, -1, 1)
 
 
-def _started(shape: tuple[int, ...], H: int, sinks: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Sum, maximum and total of a softmax that has met nothing yet, or the heads' sinks."""
-    acc = jnp.zeros((*shape, H), jnp.float32)
+def _start(sinks: jax.Array | None, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Maximum and total of a softmax that has met no key yet; a sink is as one key without value.
+
+    Args:
+        sinks: What broadcasts to the shape, or None.
+        shape: [B, K, G] or [K, G, Q].
+    """
     if sinks is None:
-        return acc, jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
-    return acc, jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
+        return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
 
 
 def _biased(
-    scores: jax.Array,
-    distance: jax.Array,
-    slopes: jax.Array | None,
-    logits_soft_cap: float | None,
+    scores: jax.Array, distance: jax.Array, slopes: jax.Array | None, options: AttentionOptions
 ) -> jax.Array:
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+    cap = options.logits_soft_cap
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     return scores if slopes is None else scores + slopes * distance
 
 

@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxengine.pallas_kernels.decode_splits import split_rows
+from jaxengine.pallas_kernels.operands import AttentionOptions
+from jaxengine.pallas_kernels.target import Target
 from jaxengine.pallas_kernels.tiles import DecodeConfig, num_extra_splits, triton_decode_config
 from jaxtyping import Array, Float, Int
 
@@ -38,10 +40,7 @@ class _Problem(NamedTuple):
     head_dim: int
     padded_head_dim: int
     block_size: int
-    scale: float
-    sliding_window: int | None
-    logits_soft_cap: float | None
-    has_alibi: bool
+    options: AttentionOptions
     interpret: bool
 
 
@@ -51,11 +50,11 @@ def paged_decode_triton(
     v_cache: Float[Array, "num_blocks K block_size H"],
     block_tables: Int[Array, "B W"],
     seq_lens: Int[Array, " B"],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
+    target: Target,
     config: DecodeConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
@@ -67,10 +66,10 @@ def paged_decode_triton(
         v_cache: Values, laid out like ``k_cache``.
         block_tables: Physical block ids of each row.
         seq_lens: KV length of each row; 0 for a padding row.
-        scale: Factor on q . k.
-        sliding_window: Only the last ``sliding_window`` keys are seen.
-        logits_soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
         alibi_slopes: slope[n] * (key position - query position) is added to the scores.
+        sinks: Of each query head, a score that takes its share of the softmax and has no value.
+        options: Scale, window and soft cap.
+        target: The GPU.
         config: Tile sizes; None takes the measured ones.
         interpret: Run on the CPU, in Pallas' interpreter.
 
@@ -84,7 +83,7 @@ def paged_decode_triton(
         raise NotImplementedError(f"Triton decode takes bfloat16 or float16, not {q.dtype}")
     if H > 256 or group > 128:
         raise NotImplementedError(f"Triton decode: head_dim {H} > 256 or group {group} > 128")
-    config = config or triton_decode_config(H, B, num_kv_heads, group)
+    config = config or triton_decode_config(H, B, num_kv_heads, group, target.num_sms)
     problem = _Problem(
         tile_kv=config.tile_kv,
         group=group,
@@ -92,21 +91,17 @@ def paged_decode_triton(
         head_dim=H,
         padded_head_dim=max(16, pl.next_power_of_2(H)),
         block_size=block_size,
-        scale=scale,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        has_alibi=alibi_slopes is not None,
+        options=options,
         interpret=interpret,
     )
     splits = split_rows(
         seq_lens,
-        num_extra=num_extra_splits(config, num_kv_heads),
+        num_extra=num_extra_splits(config, num_kv_heads, target.num_sms),
         tile_kv=config.tile_kv,
         min_split_tokens=config.min_split_tokens,
-        sliding_window=sliding_window,
+        sliding_window=options.sliding_window,
     )
     num_splits = splits.row.shape[0]
-    slopes = jnp.zeros((1,), jnp.float32) if alibi_slopes is None else alibi_slopes
     # Zeros that XLA cannot tell from others, or it would let them share their memory.
     arrivals = jnp.minimum(seq_lens.astype(jnp.int32), 0)[:, None] + jnp.zeros(
         (1, num_kv_heads), jnp.int32
@@ -128,7 +123,8 @@ def paged_decode_triton(
         *splits,
         seq_lens.astype(jnp.int32),
         block_tables,
-        slopes.astype(jnp.float32),
+        _float32(alibi_slopes),
+        _float32(sinks),
         arrivals,
         q,
         k_cache,
@@ -136,6 +132,10 @@ def paged_decode_triton(
     )
     decoded: jax.Array = out
     return decoded
+
+
+def _float32(array: jax.Array | None) -> jax.Array | None:
+    return None if array is None else array.astype(jnp.float32)
 
 
 def _heads_and_columns(
@@ -158,6 +158,7 @@ def _reduce_split(
     seq_lens_ref: Any,
     block_tables_ref: Any,
     slopes_ref: Any,
+    sinks_ref: Any,
     arrivals_ref: Any,
     q_ref: Any,
     k_ref: Any,
@@ -176,7 +177,7 @@ def _reduce_split(
         position = seq_lens_ref[row] - 1
         q = plt.load(q_ref.at[row, heads[:, None], columns[None, :]], mask=is_real, other=0.0)
         slopes = None
-        if problem.has_alibi:
+        if slopes_ref is not None:
             slopes = plt.load(slopes_ref.at[heads], mask=is_head, other=0.0)
 
         def load_tile(ref: Any, keys: jax.Array, blocks: jax.Array) -> jax.Array:
@@ -199,8 +200,8 @@ def _reduce_split(
             scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32)
             scores = _biased(problem, scores, keys - position, slopes)
             visible = keys < stop
-            if problem.sliding_window is not None:
-                visible &= keys > position - problem.sliding_window
+            if problem.options.sliding_window is not None:
+                visible &= keys > position - problem.options.sliding_window
             scores = jnp.where(visible[None, :], scores, LOWEST)
             new_maximum = jnp.maximum(maximum, scores.max(axis=1))
             decay = jnp.exp2(maximum - new_maximum)
@@ -210,18 +211,29 @@ def _reduce_split(
             acc = acc * decay[:, None] + weighted
             return acc, new_maximum, total * decay + weights.sum(axis=1)
 
+        first_split = first_split_ref[split]
+
+        def start_of_softmax() -> tuple[jax.Array, jax.Array]:
+            lowest = jnp.full((problem.padded_group,), LOWEST, jnp.float32)
+            nothing = jnp.zeros((problem.padded_group,), jnp.float32)
+            if sinks_ref is None:
+                return lowest, nothing
+            # As a key without a value, which only the first split of a row has met.
+            sinks = plt.load(sinks_ref.at[heads], mask=is_head, other=0.0) * LOG2_E
+            is_first = split == first_split
+            return jnp.where(is_first, sinks, lowest), jnp.where(is_first, nothing + 1, nothing)
+
         acc, maximum, total = lax.fori_loop(
             0,
             lax.div(stop - start + (problem.tile_kv - 1), problem.tile_kv),
             reduce_tile,
             (
                 jnp.zeros((problem.padded_group, problem.padded_head_dim), jnp.float32),
-                jnp.full((problem.padded_group,), LOWEST, jnp.float32),
-                jnp.zeros((problem.padded_group,), jnp.float32),
+                *start_of_softmax(),
             ),
         )
         out = acc / jnp.where(total > 0, total, 1.0)[:, None]
-        first_split, end_split = first_split_ref[split], end_split_ref[split]
+        end_split = end_split_ref[split]
         is_whole_row = end_split - first_split == 1
 
         @pl.when(is_whole_row)
@@ -252,11 +264,11 @@ def _biased(
     problem: _Problem, scores: jax.Array, distance: jax.Array, slopes: jax.Array | None
 ) -> jax.Array:
     """Scores times log2(e), ready for exp2."""
-    cap = problem.logits_soft_cap
+    cap, scale = problem.options.logits_soft_cap, problem.options.scale
     if cap is None:
-        scores = scores * (problem.scale * LOG2_E)
+        scores = scores * (scale * LOG2_E)
     else:
-        scores = jnp.tanh(scores * (problem.scale / cap)) * (cap * LOG2_E)
+        scores = jnp.tanh(scores * (scale / cap)) * (cap * LOG2_E)
     if slopes is not None:
         scores += (slopes * LOG2_E)[:, None] * distance.astype(jnp.float32)[None, :]
     return scores

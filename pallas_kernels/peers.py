@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxengine.pallas_kernels.tiles import num_sms
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Int
 
 PARITIES = 2  # inboxes of even and of odd calls
@@ -29,11 +29,13 @@ class InboxLayout(NamedTuple):
         num_gpus: N.
         small_elements: Most numbers of an array that is sent in packets.
         large_elements: Most numbers of any array; 0 without the second kind.
+        num_programs: Programs of a large sum, and rings of a call.
     """
 
     num_gpus: int
     small_elements: int
     large_elements: int
+    num_programs: int
 
     @property
     def packet_bytes(self) -> int:
@@ -44,11 +46,6 @@ class InboxLayout(NamedTuple):
     def rings(self) -> int:
         """Start of the rings."""
         return PARITIES * self.num_gpus * self.packet_bytes
-
-    @property
-    def num_programs(self) -> int:
-        """Programs of a large sum, and rings of a call."""
-        return PROGRAMS_PER_SM * num_sms() if self.large_elements else 0
 
     @property
     def ring_bytes(self) -> int:
@@ -96,12 +93,14 @@ class Peers:
         return dataclasses.replace(self, calls_before=self.calls_before + np.int32(num_calls))
 
 
-def inbox_layout(num_gpus: int, max_elements: int) -> InboxLayout:
+def inbox_layout(num_gpus: int, max_elements: int, target: Target) -> InboxLayout:
     """Return what inboxes are needed for sums of arrays of up to ``max_elements`` numbers."""
+    has_large = num_gpus == 2
     return InboxLayout(
         num_gpus=num_gpus,
         small_elements=min(SMALL_ELEMENTS_OF_ALL // num_gpus, max_elements),
-        large_elements=max_elements if num_gpus == 2 else 0,
+        large_elements=max_elements if has_large else 0,
+        num_programs=PROGRAMS_PER_SM * target.num_sms if has_large else 0,
     )
 
 

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.ragged_tiles import build_ragged_tiles, key_tiles
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float, Int
 
 LOG2_E = math.log2(math.e)
@@ -54,10 +56,9 @@ class _Problem(NamedTuple):
     heads_per_item: int
     head_dim: int
     block_size: int
-    scale: float
-    sliding_window: int | None
-    logits_soft_cap: float | None
+    options: AttentionOptions
     has_slopes: bool
+    has_sinks: bool
     num_programs: int
     interpret: Any
 
@@ -99,6 +100,7 @@ class _Refs(NamedTuple):
     schedule: Any  # [2] int32: number of tiles, number of sections
     block_tables: Any
     slopes: Any
+    sinks: Any
     q: Any
     k: Any
     v: Any
@@ -133,11 +135,11 @@ def ragged_attention_mosaic(
     seq_lens: Int[Array, " B"],
     query_start_loc: Int[Array, " B+1"],
     num_decode_rows: Int[Array, ""],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
+    target: Target,
     config: RaggedMosaicConfig | None = None,
     interpret: Any = None,
 ) -> Float[Array, "T N H"]:
@@ -154,10 +156,10 @@ def ragged_attention_mosaic(
         seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
         query_start_loc: First packed token of each row, and the number of tokens at the end.
         num_decode_rows: The first rows, left to the decode kernel.
-        scale: Factor of the scores, usually ``head_dim ** -0.5``.
-        sliding_window: A query sees that many last keys, its own included; None for all.
-        logits_soft_cap: Scores become ``cap * tanh(score / cap)``.
         alibi_slopes: ``slope[n] * (key position - query position)`` is added to the scores.
+        sinks: Of each query head, a score that takes its share of the softmax and has no value.
+        options: Scale, window and soft cap.
+        target: The GPU.
         config: Tile sizes and schedule, None for the default of the head_dim.
         interpret: ``plgpu.InterpretGPUParams`` to run on the CPU, slowly, for tests.
 
@@ -191,17 +193,16 @@ def ragged_attention_mosaic(
         heads_per_item=heads_per_item,
         head_dim=head_dim,
         block_size=block_size,
-        scale=scale,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
+        options=options,
         has_slopes=alibi_slopes is not None,
-        num_programs=min(config.num_programs or _num_sms(), max_items),
+        has_sinks=sinks is not None,
+        num_programs=min(config.num_programs or target.num_sms, max_items),
         interpret=interpret,
     )
     num_sections = _num_sections(problem, seq_lens, num_decode_rows, q.dtype.itemsize)
     schedule = jnp.concatenate([tiles.num_tiles, num_sections[None]])
-    slopes = () if alibi_slopes is None else (alibi_slopes.astype(jnp.float32),)
-    out = _call(problem, *tiles[:5], schedule, block_tables, *slopes, q, k_cache, v_cache)
+    per_head = [a.astype(jnp.float32) for a in (alibi_slopes, sinks) if a is not None]
+    out = _call(problem, *tiles[:5], schedule, block_tables, *per_head, q, k_cache, v_cache)
     return out[: q.shape[0] - padding]
 
 
@@ -251,11 +252,6 @@ def _check_supported(
         )
 
 
-def _num_sms() -> int:
-    """Return the number of SMs of the GPU at hand; an H100's where there is none."""
-    return getattr(jax.local_devices()[0], "core_count", 132)
-
-
 def _num_sections(
     problem: _Problem, seq_lens: jax.Array, num_decode_rows: jax.Array, itemsize: int
 ) -> jax.Array:
@@ -301,6 +297,8 @@ def _body(problem: _Problem, *refs: Any) -> None:
     arguments = list(refs)
     if not problem.has_slopes:
         arguments.insert(7, None)
+    if not problem.has_sinks:
+        arguments.insert(8, None)
     kernel = _Refs(*arguments)
     warpgroup = lax.axis_index("warpgroup")
 
@@ -474,7 +472,7 @@ def _produce_part(problem: _Problem, refs: _Refs, *, is_key: bool, part: int) ->
 
 
 def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
-    config = problem.config
+    config, options = problem.config, problem.options
     shape = (ROWS, config.tile_kv)
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     column_layout = plgpu.Layout.WGMMA.reduce(0)
@@ -513,9 +511,9 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
         ) -> tuple[jax.Array, ...]:
             """Return p, the decay of what was summed before, the new maximum and total."""
             first_key = tile * config.tile_kv
-            scores, factor = dots, problem.scale * LOG2_E
-            if problem.logits_soft_cap is not None:
-                scores = soft_capped(scores, problem.scale, problem.logits_soft_cap)
+            scores, factor = dots, options.scale * LOG2_E
+            if options.logits_soft_cap is not None:
+                scores = soft_capped(scores, options.scale, options.logits_soft_cap)
                 factor = 1.0
             if masked or slope is not None:
                 column = plgpu.broadcasted_iota(
@@ -531,8 +529,8 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
                 newest = lax.broadcast_in_dim(row + (query_position - first_key), shape, (0,))
                 columns = lax.broadcast_in_dim(column, shape, (1,))
                 visible = columns <= newest
-                if problem.sliding_window is not None:
-                    visible &= columns > newest - problem.sliding_window
+                if options.sliding_window is not None:
+                    visible &= columns > newest - options.sliding_window
                 scores = jnp.where(visible, scores, -jnp.inf)
             new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
             decay = jnp.exp2(maximum - new_maximum)
@@ -570,8 +568,11 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
             dots = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
             dots = lax.optimization_barrier(dots)
             plgpu.barrier_arrive(refs.k_free.at[slot])
-            maximum = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+            lowest, nothing = LOWEST, 0.0
+            if problem.has_sinks:  # as a key without a value
+                lowest, nothing = refs.sinks[head] * LOG2_E, 1.0
+            maximum = plgpu.layout_cast(jnp.full((ROWS,), lowest, jnp.float32), row_layout)
+            total = plgpu.layout_cast(jnp.full((ROWS,), nothing, jnp.float32), row_layout)
             acc = plgpu.layout_cast(
                 jnp.zeros((ROWS, problem.head_dim), jnp.float32), plgpu.Layout.WGMMA
             )
@@ -618,7 +619,7 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
         full_to = jnp.maximum(item.last - item.first_full, full_from)
         carry = lax.fori_loop(1, jnp.minimum(full_from, num_steps), masked_step, carry)
         carry = lax.fori_loop(full_from, full_to, functools.partial(step, masked=False), carry)
-        if problem.sliding_window is not None:
+        if options.sliding_window is not None:
             carry = lax.fori_loop(full_to, num_steps, masked_step, carry)
         acc, p, decay, _, total = carry
         plgpu.barrier_arrive(refs.q_free.at[warpgroup])

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.ragged_tiles import build_ragged_tiles, key_tiles
+from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float, Int
 
 LOG2_E = math.log2(math.e)
@@ -44,9 +46,7 @@ class _Problem(NamedTuple):
     head_dim: int
     padded_head_dim: int
     block_size: int
-    scale: float
-    sliding_window: int | None
-    logits_soft_cap: float | None
+    options: AttentionOptions
 
 
 def default_config(head_dim: int) -> RaggedTritonConfig:
@@ -66,11 +66,11 @@ def ragged_attention_triton(
     seq_lens: Int[Array, " B"],
     query_start_loc: Int[Array, " B+1"],
     num_decode_rows: Int[Array, ""],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    options: AttentionOptions,
+    target: Target,
     config: RaggedTritonConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
@@ -87,10 +87,10 @@ def ragged_attention_triton(
         seq_lens: KV length of each row, this step's tokens included; 0 for a padding row.
         query_start_loc: First packed token of each row, and the number of tokens at the end.
         num_decode_rows: The first rows, left to the decode kernel.
-        scale: Factor of the scores, usually ``head_dim ** -0.5``.
-        sliding_window: A query sees that many last keys, its own included; None for all.
-        logits_soft_cap: Scores become ``cap * tanh(score / cap)``.
         alibi_slopes: ``slope[n] * (key position - query position)`` is added to the scores.
+        sinks: Of each query head, a score that takes its share of the softmax and has no value.
+        options: Scale, window and soft cap.
+        target: The GPU.
         config: Tile sizes, None for the default of the head_dim.
         interpret: Run on the CPU, slowly, for tests.
 
@@ -100,6 +100,7 @@ def ragged_attention_triton(
     Raises:
         NotImplementedError: For a dtype or shape that this kernel does not serve.
     """
+    del target  # tiles are the same for all
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     config = config or default_config(head_dim)
@@ -113,20 +114,18 @@ def ragged_attention_triton(
         head_dim=head_dim,
         padded_head_dim=max(16, pl.next_power_of_2(head_dim)),
         block_size=block_size,
-        scale=scale,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
+        options=options,
     )
     tiles = build_ragged_tiles(
         query_start_loc, seq_lens, num_decode_rows, num_tokens=num_tokens, tile_q=problem.tile_q
     )
     lists = (tiles.row, tiles.token, tiles.num_tokens, tiles.position)
-    slopes = () if alibi_slopes is None else (alibi_slopes.astype(jnp.float32),)
-    return _call(problem, interpret, *lists, block_tables, q, k_cache, v_cache, *slopes)
+    per_head = [None if a is None else a.astype(jnp.float32) for a in (alibi_slopes, sinks)]
+    return _call(problem, interpret, *lists, block_tables, q, k_cache, v_cache, *per_head)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _call(problem: _Problem, interpret: bool, *operands: jax.Array) -> jax.Array:
+def _call(problem: _Problem, interpret: bool, *operands: Any) -> jax.Array:
     """Run the kernel. Jitted so that jax lowers it once for all layers."""
     q, k_cache = operands[5:7]
     return pl.pallas_call(
@@ -164,9 +163,8 @@ def _check_supported(
 
 def _kernel(problem: _Problem, *refs: Any) -> None:
     row_ref, token_ref, num_tokens_ref, position_ref, block_tables_ref, q_ref = refs[:6]
-    k_ref, v_ref = refs[6:8]
-    slopes_ref = refs[8] if len(refs) == 10 else None
-    out_ref = refs[-1]
+    k_ref, v_ref, slopes_ref, sinks_ref, out_ref = refs[6:]
+    window = problem.options.sliding_window
     tile, kv_head = pl.program_id(0), pl.program_id(1)
     num_tokens = num_tokens_ref[tile]
 
@@ -213,8 +211,8 @@ def _kernel(problem: _Problem, *refs: Any) -> None:
                 scores -= slope[:, None] * distance.astype(jnp.float32)
             if masked:
                 visible = distance >= 0
-                if problem.sliding_window is not None:
-                    visible &= distance < problem.sliding_window
+                if window is not None:
+                    visible &= distance < window
                 scores = jnp.where(visible, scores, -jnp.inf)
             new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
             decay = jnp.exp2(maximum - new_maximum)
@@ -226,14 +224,15 @@ def _kernel(problem: _Problem, *refs: Any) -> None:
             return acc, new_maximum, total * decay + jnp.sum(p, axis=1)
 
         first, first_full, last_full, last = key_tiles(
-            position, num_tokens, problem.config.tile_kv, problem.sliding_window
+            position, num_tokens, problem.config.tile_kv, window
         )
-        carry = (
-            jnp.zeros((problem.config.rows, columns), jnp.float32),
-            jnp.full((problem.config.rows,), LOWEST, jnp.float32),
-            jnp.zeros((problem.config.rows,), jnp.float32),
-        )
-        if problem.sliding_window is None:
+        maximum = jnp.full((problem.config.rows,), LOWEST, jnp.float32)
+        total = jnp.zeros((problem.config.rows,), jnp.float32)
+        if sinks_ref is not None:  # as a key without a value
+            maximum = plt.load(sinks_ref.at[head], mask=is_query, other=0.0) * LOG2_E
+            total = total + 1
+        carry = (jnp.zeros((problem.config.rows, columns), jnp.float32), maximum, total)
+        if window is None:
             full_step = functools.partial(step, masked=False)
             carry = lax.fori_loop(first_full, last_full, full_step, carry)
             first = last_full
@@ -245,9 +244,9 @@ def _kernel(problem: _Problem, *refs: Any) -> None:
 
 def _base2_scores(dots: jax.Array, problem: _Problem) -> jax.Array:
     """Scale (and cap) the dot products, in units whose exponential is ``exp2``."""
-    cap = problem.logits_soft_cap
+    cap, scale = problem.options.logits_soft_cap, problem.options.scale
     if cap is None:
-        return dots * (problem.scale * LOG2_E)
+        return dots * (scale * LOG2_E)
     # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, and cheaper than the library's.
-    exponential = jnp.exp2(dots * (2 * problem.scale / cap * LOG2_E))
+    exponential = jnp.exp2(dots * (2 * scale / cap * LOG2_E))
     return (cap * LOG2_E) * (1 - 2 / (1 + exponential))

@@ -1,39 +1,31 @@
-"""From products to the next product's rows: sum, residual stream, norm, as one op.
+"""From products' parts to the next products' rows: sum, residual stream, norm, as one op.
 
-What is due are the parts of split products (``split_product``), of one or of several that are added
-to the stream together, and those of the shards. A decode step is mostly launches, so that where it
-is small a kernel does all of it; elsewhere XLA does.
+The parts are those of split products (``split_product``) and those of the shards. A decode step is
+mostly launches, so that where it is small a kernel does all of it; elsewhere XLA does.
 """
+
+import functools
 
 import jax
 from jaxengine.pallas_kernels.all_reduce import all_reduce
-from jaxengine.pallas_kernels.all_reduce_triton import all_reduce_norm_triton
+from jaxengine.pallas_kernels.backends import call_kernel
+from jaxengine.pallas_kernels.norms import joining, normalise, sum_addends
 from jaxengine.pallas_kernels.operands import Addends, Norm
 from jaxengine.pallas_kernels.peers import Peers
-from jaxengine.pallas_kernels.residual_norm_reference import (
-    due_sum,
-    normalise,
-    residual_norm_reference,
-    scaled,
-    sum_addends,
-    sum_parts,
-    with_bias,
-)
-from jaxengine.pallas_kernels.residual_norm_triton import residual_norm_triton
+from jaxengine.pallas_kernels.residual_norm_reference import residual_norm_reference
 from jaxengine.pallas_kernels.target import Target
 from jaxengine.pallas_kernels.tiles import FEW_ROWS
 from jaxtyping import Array, Float
 
-__all__ = [
-    *("due_sum", "normalise", "residual_norm", "residual_sum", "sum_addends", "sum_parts"),
-]
+__all__ = ["normalise", "residual_norm", "residual_sum", "sum_addends"]
 
-Rows = Float[Array, "T D"]
+TRITON = "jaxengine.pallas_kernels.residual_norm_triton:residual_norm_triton"
+TRITON_OVER_GPUS = "jaxengine.pallas_kernels.all_reduce_triton:all_reduce_norm_triton"
 
 
 def residual_norm(
     addends: Addends,
-    residual: Rows,
+    residual: Float[Array, "T D"],
     norms: tuple[Norm, ...],
     *,
     inner: Norm | None = None,
@@ -42,24 +34,24 @@ def residual_norm(
     axis_name: str,
     target: Target,
     implementation: str | None = None,
-) -> tuple[Rows, tuple[Rows, ...]]:
-    """Add what is due to the residual stream, and normalise the stream.
+) -> tuple[Float[Array, "T D"], tuple[Float[Array, "T D"], ...]]:
+    """Add a sum to the residual stream, and normalise the stream.
 
-    ``total = residual + scale * inner(sum of addends)``, and ``norm(total)`` for each norm.
+    ``total = residual + scale * inner(sum over parts and shards + bias)``.
 
     Args:
         addends: This shard's, and the bias of all.
         residual: The same on all shards.
-        norms: Of the stream, for those who read it next.
-        inner: Norm of the sum before it joins the stream; None for none.
-        scale: Factor on what joins.
+        norms: Of the stream after the sum: none, one, or several of the same stream.
+        inner: Norm of the sum before it joins the stream (Gemma 2, OLMo 2); None for none.
+        scale: Factor on what joins the stream (Granite).
         peers: With the number of this sum over the shards; None where XLA's has to serve.
         axis_name: Of the shards, under ``shard_map``.
-        target: What the program is for.
+        target: The devices.
         implementation: "reference", "triton", or None for the fastest that serves the arrays.
 
     Returns:
-        The new residual stream, and its norms in their order; the same on all shards.
+        The new residual stream, and its norms; the same on all shards.
 
     Raises:
         ValueError: If ``implementation`` is unknown.
@@ -67,66 +59,73 @@ def residual_norm(
     """
     if implementation not in (None, "reference", "triton"):
         raise ValueError(f"implementation {implementation!r} is not one of reference, triton")
-    if implementation == "triton" or (
-        implementation is None and _prefers_triton(residual, norms, peers, target)
-    ):
-        try:
-            if peers is not None:
-                return all_reduce_norm_triton(
-                    addends, peers, residual, norms, inner=inner, scale=scale
-                )
-            if jax.lax.axis_size(axis_name) > 1:
-                raise NotImplementedError("residual norm in Triton: several shards without peers")
-            return residual_norm_triton(addends, residual, norms, inner=inner, scale=scale)
-        except NotImplementedError:
-            if implementation is not None:
-                raise
-    if implementation == "reference" or target.implementation == "reference":
+    chosen = target.choice(implementation)
+    if chosen == "reference":
         return residual_norm_reference(
             addends, residual, norms, inner=inner, scale=scale, axis_name=axis_name
         )
-    total = residual_sum(
-        addends, residual, inner=inner, scale=scale, peers=peers, axis_name=axis_name
-    )
+    if chosen == "triton" or _prefers_triton(addends, peers, target):
+        try:
+            if peers is not None:
+                return call_kernel(
+                    TRITON_OVER_GPUS, addends, peers, residual, norms, inner, scale=scale
+                )
+            if jax.lax.axis_size(axis_name) > 1:
+                raise NotImplementedError("residual norm in Triton: several shards without peers")
+            return call_kernel(TRITON, addends, residual, norms, inner, scale=scale)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    total = _sum_by_xla(addends, residual, inner, scale=scale, peers=peers, axis_name=axis_name)
     return total, tuple(normalise(total, norm) for norm in norms)
-
-
-def _prefers_triton(
-    residual: jax.Array, norms: tuple[Norm, ...], peers: Peers | None, target: Target
-) -> bool:
-    if target.implementation is not None or not norms:
-        return False  # a sum alone is XLA's or the all-reduce's
-    # A program of the kernel takes a row, which suits few of them; and where there are many, XLA
-    # adds the residual in the product itself.
-    return peers is not None or (residual.shape[0] <= FEW_ROWS and target.is_gpu)
 
 
 def residual_sum(
     addends: Addends,
-    residual: Rows,
+    residual: Float[Array, "T D"],
     *,
     inner: Norm | None = None,
     scale: float = 1.0,
     peers: Peers | None,
     axis_name: str,
-) -> Rows:
-    """Add what is due to the residual stream, where no norm follows.
+    target: Target,
+) -> Float[Array, "T D"]:
+    """Add a sum to the residual stream, as ``residual_norm`` does, where no norm follows."""
+    arrays = (addends, residual)
+    if addends.bias is None and inner is None and scale == 1 and target.implementation is None:
+        return _sum_by_xla(*arrays, None, scale=1, peers=peers, axis_name=axis_name)
+    total, _ = residual_norm(
+        *arrays, (), inner=inner, scale=scale, peers=peers, axis_name=axis_name, target=target
+    )
+    return total
 
-    Args:
-        addends: This shard's, and the bias of all.
-        residual: The same on all shards.
-        inner: Norm of the sum before it joins the stream; None for none.
-        scale: Factor on what joins.
-        peers: With the number of this sum over the shards; None where XLA's has to serve.
-        axis_name: Of the shards, under ``shard_map``.
-    """
-    if peers is None:
-        if addends.is_single and inner is None and scale == 1:
-            own = sum_parts(addends.arrays[0], residual.dtype)
-            return all_reduce(own, None, axis_name=axis_name, residual=residual)
-        return residual + due_sum(addends, residual.dtype, inner, scale, axis_name)
-    own = sum_addends(Addends(addends.arrays), residual.dtype)
-    if addends.bias is None and inner is None and scale == 1:
+
+def _prefers_triton(addends: Addends, peers: Peers | None, target: Target) -> bool:
+    # A program of the kernel takes a row, which suits few of them; and where there are many, XLA
+    # adds the residual in the product itself.
+    return peers is not None or (addends.num_rows <= FEW_ROWS and target.is_gpu)
+
+
+def _sum_by_xla(
+    addends: Addends,
+    residual: jax.Array,
+    inner: Norm | None,
+    *,
+    scale: float,
+    peers: Peers | None,
+    axis_name: str,
+) -> jax.Array:
+    """The sum over shards may be a kernel's; what is around it is not."""
+    is_alone = jax.lax.axis_size(axis_name) == 1
+    own = sum_addends(addends, residual.dtype, with_bias=is_alone)
+    bias = None if is_alone else addends.bias
+    if bias is None and inner is None and scale == 1:
         return all_reduce(own, peers, axis_name=axis_name, residual=residual)
-    total = with_bias(all_reduce(own, peers, axis_name=axis_name), addends.bias)
-    return residual + scaled(total if inner is None else normalise(total, inner), scale)
+    x = joining(
+        all_reduce(own, peers, axis_name=axis_name),
+        residual.dtype,
+        bias=bias,
+        inner=None if inner is None else functools.partial(normalise, norm=inner),
+        scale=scale,
+    )
+    return residual + x

@@ -3,12 +3,10 @@
 XLA fuses it into the neighbouring products; where the caches are donated the writes are in place.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+from jaxengine.pallas_kernels.norms import normalise, sum_addends
 from jaxengine.pallas_kernels.operands import Addends, Norm
-from jaxengine.pallas_kernels.residual_norm_reference import normalise, sum_addends
 from jaxtyping import Array, Float, Int
 
 CosSin = tuple[Float[Array, "T R"], Float[Array, "T R"]]
@@ -28,24 +26,16 @@ def rope_kv_write_reference(
     """As ``rope_kv_write``."""
     qkv = sum_addends(addends, dtype)
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    q = q.reshape(q.shape[0], -1, q.shape[-1])
     if q_norm is not None:
-        q = normalise(q, _by_head(q_norm, q.shape[1:]))
+        q = normalise(q, q_norm)
     if k_norm is not None:
-        k = normalise(k, _by_head(k_norm, k.shape[1:]))
+        k = normalise(k, k_norm)
     if cos_sin is not None:
         q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
     k_cache = _write(k_cache, k, slot_mapping)
     v_cache = _write(v_cache, v, slot_mapping)
-    return q.reshape(q.shape[0], -1, q.shape[-1]), k_cache, v_cache
-
-
-def _by_head(norm: Norm, shape: tuple[int, ...]) -> Norm:
-    """The norm with weights of heads [N, H] seen as the heads are, [K, G, H]."""
-
-    def seen(array: jax.Array | None) -> jax.Array | None:
-        return array if array is None or array.ndim == 1 else array.reshape(shape)
-
-    return dataclasses.replace(norm, weight=seen(norm.weight), bias=seen(norm.bias))
+    return q, k_cache, v_cache
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

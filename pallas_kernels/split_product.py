@@ -5,7 +5,7 @@ would be a kernel of its own; the ops that take its result anyway add them up on
 ``residual_norm`` and ``rope_kv_write``.
 """
 
-from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.backends import call_kernel
 from jaxengine.pallas_kernels.split_product_reference import project, split_product_reference
 from jaxengine.pallas_kernels.target import Target
 from jaxtyping import Array, Float
@@ -29,7 +29,7 @@ def split_product(
     Args:
         x: Rows.
         weight: [out, in].
-        target: What the program is for.
+        target: The devices.
         implementation: "reference", "triton", or None for the fastest that serves the shape.
 
     Raises:
@@ -42,9 +42,10 @@ def split_product(
         raise ValueError(
             f"x is {x.dtype}{list(x.shape)} but weight is {weight.dtype}{list(weight.shape)}"
         )
-    if implementation == "triton" or (implementation is None and target.is_gpu):
+    chosen = target.choice(implementation)
+    if chosen == "triton" or (chosen is None and target.is_gpu):
         try:
-            return load_function(TRITON)(x, weight)
+            return call_kernel(TRITON, x, weight)
         except NotImplementedError:
             if implementation is not None:
                 raise

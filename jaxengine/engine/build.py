@@ -279,7 +279,7 @@ def _peer_memory(
     if config.disable_custom_all_reduce or len(devices) == 1 or not reach_each_other(devices):
         return None
     max_elements = limits.max_num_batched_tokens * model.hidden_size
-    return PeerMemory(parts.mesh, inbox_layout(len(devices), max_elements))
+    return PeerMemory(parts.mesh, inbox_layout(len(devices), max_elements, Target.of(devices[0])))
 
 
 def load_weights(config: EngineConfig, checkpoint: Checkpoint, parts: StageParts) -> Params:

@@ -5,7 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
+from jaxengine.pallas_kernels.target import Target
+
+H100 = Target("gpu", "hopper")
 
 
 class Problem(NamedTuple):
@@ -69,14 +73,22 @@ def decode_problem(seq_lens: list[int], **shape: Any) -> Problem:
     return make_problem([(1, seq_len) for seq_len in seq_lens], **shape)
 
 
-def expected(problem: Problem, **options: Any) -> jax.Array:
+def expected(problem: Problem, **scoring: Any) -> jax.Array:
     """What the reference gives, in float32."""
-    out = paged_attention_reference(*problem[:6], scale=scale(problem), **options)
+    out = paged_attention_reference(*problem[:6], **keywords(problem, **scoring))
     return out.astype(jnp.float32)
 
 
-def scale(problem: Problem) -> float:
-    return float(problem.q.shape[-1] ** -0.5)
+def keywords(
+    problem: Problem, alibi_slopes: Any = None, sinks: Any = None, **options: Any
+) -> dict[str, Any]:
+    """How scores are made, as ops and backends take it; the options are AttentionOptions' own."""
+    scale = float(problem.q.shape[-1] ** -0.5)
+    return {
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "options": AttentionOptions(scale, **options),
+    }
 
 
 def tolerance(problem: Problem) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxengine.pallas_kernels.peers as peers_module
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -25,8 +24,10 @@ from tests.kernels.h100 import h100s, lower_for_cuda
 
 AXIS = "tp"
 EPS = 1e-5
-SMALL = InboxLayout(num_gpus=2, small_elements=1 << 16, large_elements=0)
-BOTH = InboxLayout(num_gpus=2, small_elements=1 << 12, large_elements=1 << 25)
+GPU = Target("gpu")
+SMALL = InboxLayout(num_gpus=2, small_elements=1 << 16, large_elements=0, num_programs=0)
+BOTH = InboxLayout(num_gpus=2, small_elements=1 << 12, large_elements=1 << 25, num_programs=264)
+FEW_PROGRAMS = InboxLayout(2, 1 << 12, 1 << 20, num_programs=4)
 
 
 def peers_of(layout: InboxLayout) -> Peers:
@@ -34,7 +35,9 @@ def peers_of(layout: InboxLayout) -> Peers:
     return Peers(zeros, jnp.zeros(2, jnp.int32), np.int32(0), layout)
 
 
-@pytest.mark.parametrize("layout", [SMALL, BOTH, inbox_layout(8, 1 << 20), inbox_layout(2, 1 << 9)])
+@pytest.mark.parametrize(
+    "layout", [SMALL, BOTH, inbox_layout(8, 1 << 20, GPU), inbox_layout(2, 1 << 9, GPU)]
+)
 def test_packets_rings_and_flags_do_not_overlap(layout: InboxLayout) -> None:
     assert layout.packet_bytes * 2 * layout.num_gpus <= layout.rings
     assert layout.rings + 2 * layout.ring_bytes == layout.flags
@@ -58,7 +61,7 @@ def test_sums_in_a_row_have_numbers_in_a_row() -> None:
         ((2048, 64), "bfloat16", SMALL, "131072 numbers"),
         ((256, 20), "bfloat16", BOTH, r"D is 20, not n \* 8"),
         ((1 << 20, 64), "bfloat16", BOTH, "67108864 numbers"),
-        ((512, 1024), "bfloat16", InboxLayout(4, 1 << 12, 0), "524288 numbers"),
+        ((512, 1024), "bfloat16", InboxLayout(4, 1 << 12, 0, 0), "524288 numbers"),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_refused(
@@ -74,9 +77,8 @@ def test_what_the_kernels_do_not_serve_is_refused(
     [
         ((1, 8, 64), "float32", SMALL, "not of 16 bits"),
         ((1, 3, 30), "bfloat16", SMALL, r"D is 30, not n \* 4"),
-        ((1, 2048, 64), "bfloat16", SMALL, r"\(1, 2048, 64\)"),
-        ((1, 256, 576), "bfloat16", BOTH, r"\(1, 256, 576\)"),  # no whole rows in a tile
-        ((2, 256, 1024), "bfloat16", BOTH, r"\(2, 256, 1024\)"),  # tiles are of one part
+        ((1, 2048, 64), "bfloat16", SMALL, r"\(2048, 64\)"),
+        ((1, 256, 576), "bfloat16", BOTH, r"\(256, 576\)"),  # no whole rows in a tile
     ],
 )
 def test_norms_that_the_kernels_do_not_serve_are_refused(
@@ -147,7 +149,7 @@ def lower_sum(
 def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
     num_gpus: int, shape: tuple[int, int], kernel: str | None
 ) -> None:
-    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]))
+    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1], GPU))
     names = {name for name in ("all_reduce_small", "all_reduce_large") if name in text}
     assert names == ({kernel} if kernel else set())
     assert ("stablehlo.all_reduce" in text) == (kernel is None)
@@ -170,7 +172,7 @@ def test_every_size_lowers_for_cuda_to_a_kernel_or_to_xlas_sum(
 def test_every_size_with_a_norm_lowers_for_cuda(
     num_gpus: int, shape: tuple[int, int], num_parts: int, kernels: set[str]
 ) -> None:
-    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1]), num_parts)
+    text = lower_sum(num_gpus, shape, inbox_layout(num_gpus, 16384 * shape[1], GPU), num_parts)
     every_kernel = ("small", "large", "norm_small", "norm_large")
     assert {name for name in every_kernel if f'"all_reduce_{name}' in text} == kernels
     assert ("stablehlo.all_reduce" in text) == (not kernels)
@@ -185,7 +187,6 @@ def peer_of_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return [jnp.full(r.shape, int(is_data), r.dtype) for r in result_shape_dtypes]
 
     monkeypatch.setattr(all_reduce_triton.plt, "elementwise_inline_asm", ones_or_zeros)
-    monkeypatch.setattr(peers_module, "num_sms", lambda: 2)
     call = functools.partial(all_reduce_triton.pl.pallas_call, interpret=True)
     monkeypatch.setattr(all_reduce_triton.pl, "pallas_call", call)
     jax.clear_caches()  # both before and behind: what is traced here is of no use elsewhere
@@ -199,8 +200,8 @@ def peer_of_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ((2, 3, 512), SMALL),
         ((1, 5, 128), SMALL),
-        ((1, 30, 1024), InboxLayout(2, 1 << 12, 1 << 20)),  # four tiles of eight rows, not all full
-        ((1, 41, 2048), InboxLayout(2, 1 << 12, 1 << 20)),
+        ((1, 30, 1024), FEW_PROGRAMS),  # four tiles of eight rows, not all full
+        ((1, 41, 2048), FEW_PROGRAMS),
     ],
     ids=str,
 )
@@ -299,7 +300,7 @@ def test_two_gpus_have_the_sum_of_both_time_after_time(
 ) -> None:
     from jaxengine.engine.device.peer_memory import PeerMemory
 
-    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[1]))
+    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[1], GPU))
     memory.allocate()
     num_sums = 5
 
@@ -359,7 +360,7 @@ def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
 ) -> None:
     from jaxengine.engine.device.peer_memory import PeerMemory
 
-    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[2]))
+    memory = PeerMemory(gpus, inbox_layout(2, 16384 * shape[2], GPU))
     memory.allocate()
     num_layers = 4
 
@@ -412,7 +413,7 @@ def test_two_gpus_have_the_norm_of_the_sum_time_after_time(
 def test_two_gpus_know_the_numbers_of_both(gpus: Mesh, num_rows: int) -> None:
     from jaxengine.engine.device.peer_memory import PeerMemory
 
-    memory = PeerMemory(gpus, inbox_layout(2, 1 << 20))
+    memory = PeerMemory(gpus, inbox_layout(2, 1 << 20, GPU))
     memory.allocate()
 
     def gather(x: jax.Array, addresses: jax.Array, first: jax.Array) -> jax.Array:

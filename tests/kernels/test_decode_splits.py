@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxengine.pallas_kernels.decode_splits import DecodeSplits, split_merges, split_rows
+from jaxengine.pallas_kernels.decode_splits import DecodeSplits, split_rows
 
 NUM_ROWS = 6
 NUM_EXTRA = 4
@@ -58,12 +58,6 @@ def test_keys_before_the_window_are_left_out_by_whole_tiles() -> None:
     assert stretches(split([100], sliding_window=20)) == [(0, 80, 100, 1)]
 
 
-def test_merges_name_the_splits_of_rows_that_have_several() -> None:
-    merges = split_merges(split([16, 256, 0]), max_merges=3)
-    assert merges.row.tolist() == [1, -1, -1]
-    assert (int(merges.first_split[0]), int(merges.end_split[0])) == (1, 5)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 500), min_size=NUM_ROWS, max_size=NUM_ROWS),
@@ -71,11 +65,10 @@ def test_merges_name_the_splits_of_rows_that_have_several() -> None:
 )
 def test_splits_cover_every_visible_key_once(seq_lens: list[int], window: int | None) -> None:
     splits = split(seq_lens, window)
-    merged_rows = split_merges(splits, max_merges=NUM_EXTRA).row
     covered = [np.zeros(seq_len, int) for seq_len in seq_lens]
     for row, start, stop, is_whole_row in stretches(splits):
         covered[row][start:stop] += 1
-        assert is_whole_row == (row not in merged_rows)
+        assert is_whole_row == (splits.row.tolist().count(row) == 1)
     rows = splits.row.tolist()
     for row, first, end in zip(
         rows, *map(np.ndarray.tolist, map(np.asarray, splits[3:])), strict=True

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxengine.pallas_kernels import gated_product as op
 from jaxengine.pallas_kernels import gated_product_mosaic
-from jaxengine.pallas_kernels.gated_product import ACTIVATIONS, gated_product
+from jaxengine.pallas_kernels.gated_product import ACTIVATIONS, activated_product, gated_product
 from jaxengine.pallas_kernels.gated_product_mosaic import (
     GatedProductConfig,
     best_tile_columns,
     default_config,
 )
 from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
+from jaxengine.pallas_kernels.target import Target
 
 from tests.kernels.h100 import lower_for_cuda
+from tests.kernels.problems import H100
 
+CPU = Target("cpu")
 needs_new_jax = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="the gated Mosaic product needs jax 0.11"
 )
@@ -63,21 +65,26 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_op_serves_every_activation(activation: str) -> None:
     x, weight = arrays(3, 16, 8, jnp.float32)
-    gate, up = x @ weight[0].T, x @ weight[1].T
-    found = gated_product(x, weight, activation=activation)
+    bias = jnp.linspace(-1, 1, 32).reshape(2, 16)
+    gate, up = x @ weight[0].T + bias[0], x @ weight[1].T + bias[1]
+    options = {"activation": activation, "target": CPU}
+    found = gated_product(x, weight, bias=bias, **options)
     np.testing.assert_allclose(found, ACTIVATIONS[activation](gate) * up, rtol=1e-4, atol=1e-6)
+    found = activated_product(x, weight[0], bias=bias[0], **options)
+    np.testing.assert_allclose(found, ACTIVATIONS[activation](gate), rtol=1e-4, atol=1e-6)
 
 
 @needs_new_jax
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_mosaic_equals_the_formula(
-    config: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gated_product_mosaic, "num_sms", lambda: 4)
+def test_mosaic_equals_the_formula(config: str, dtype: Any) -> None:
     x, weight = arrays(512, 384, 192, dtype)
     found = gated_product_mosaic.gated_product_mosaic(
-        x, weight, config=CONFIGS[config], interpret=plgpu.InterpretGPUParams(detect_races=True)
+        x,
+        weight,
+        num_sms=4,
+        config=CONFIGS[config],
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     assert found.dtype == dtype
     assert relative_error(found, exact(x, weight)) < 4 * float(jnp.finfo(dtype).eps)
@@ -136,13 +143,13 @@ def test_mosaic_lowers(shape: tuple[int, int, int]) -> None:
     ],
 )
 def test_mosaic_leaves_other_shapes_to_the_reference(
-    shape: tuple[int, int, int], complaint: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], complaint: str
 ) -> None:
     x, weight = arrays(*shape)
+    options = {"activation": "silu", "target": H100}
     with pytest.raises(NotImplementedError, match=re.escape(complaint)):
-        gated_product(x, weight, activation="silu", implementation="mosaic")
-    monkeypatch.setattr(op, "_preferred", lambda num_rows: "mosaic")
-    found = gated_product(x, weight, activation="silu")
+        gated_product(x, weight, **options, implementation="mosaic")
+    found = gated_product(x, weight, **options)
     expected = gated_product_reference(x, weight, activation="silu")
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
@@ -161,28 +168,7 @@ def test_a_lag_that_nobody_would_end_is_refused() -> None:
 def test_mosaic_refuses_what_it_does_not_compute(activation: str, dtype: Any) -> None:
     x, weight = arrays(256, 128, 64, dtype)
     with pytest.raises(NotImplementedError):
-        gated_product(x, weight, activation=activation, implementation="mosaic")
-
-
-@pytest.mark.parametrize(
-    ("backend", "is_hopper", "num_rows", "is_taken"),
-    [
-        ("gpu", True, 256, True),
-        ("gpu", True, 1024, True),
-        ("gpu", True, 255, False),
-        ("gpu", True, 16384, True),
-        ("gpu", False, 256, False),
-        ("cpu", True, 256, False),
-    ],
-)
-def test_mosaic_is_taken_on_hopper_where_it_is_faster(
-    backend: str, is_hopper: bool, num_rows: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(op, "is_hopper", lambda: is_hopper)
-    monkeypatch.setattr(op, "load_function", lambda location: lambda *_, **__: location)
-    found = gated_product(jnp.zeros((num_rows, 8)), jnp.zeros((2, 16, 8)), activation="silu")
-    assert isinstance(found, str) == is_taken
+        gated_product(x, weight, activation=activation, target=H100, implementation="mosaic")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +179,13 @@ def test_mosaic_is_taken_on_hopper_where_it_is_faster(
         ({"weight": jnp.zeros((2, 16, 9))}, r"\(2, 16, 9\), not \(2, F, 8\)"),
         ({"weight": jnp.zeros((3, 16, 8))}, r"\(3, 16, 8\)"),
         ({"weight": jnp.zeros((2, 16, 8), jnp.bfloat16)}, "bfloat16"),
+        ({"bias": jnp.zeros(16)}, r"bias is \(16,\) but weight is \(2, 16, 8\)"),
     ],
 )
 def test_what_does_not_fit_is_an_error(change: dict[str, Any], complaint: str) -> None:
     arguments = {"x": jnp.zeros((4, 8)), "weight": jnp.zeros((2, 16, 8)), "activation": "silu"}
     with pytest.raises(ValueError, match=complaint):
-        gated_product(**{**arguments, **change})
+        gated_product(**{**arguments, **change}, target=CPU)
 
 
 @pytest.mark.gpu
@@ -206,7 +193,7 @@ def test_what_does_not_fit_is_an_error(change: dict[str, Any], complaint: str) -
 @pytest.mark.parametrize("shape", [(256, 128, 64), (2560, 1792, 4096), (4096, 3072, 1024)])
 def test_compiled_mosaic_equals_the_reference(shape: tuple[int, int, int], dtype: Any) -> None:
     x, weight = arrays(*shape, dtype)
-    found = gated_product(x, weight, activation="silu", implementation="mosaic")
+    found = gated_product(x, weight, activation="silu", target=H100, implementation="mosaic")
     expected = gated_product_reference(
         x.astype(jnp.float32), weight.astype(jnp.float32), activation="silu"
     )

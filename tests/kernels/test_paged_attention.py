@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxengine.pallas_kernels import paged_attention as op_module
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.paged_attention import paged_attention
+from jaxengine.pallas_kernels.target import Target
 
 from tests.kernels.problems import (
     Problem,
     decode_problem,
     expected,
+    keywords,
     make_problem,
-    scale,
     tolerance,
 )
+
+HERE = Target.of(jax.devices()[0])
 
 IMPLEMENTATIONS = [
     pytest.param("reference", jnp.float32),
@@ -33,13 +36,23 @@ OPTIONS = {
     "plain": {},
     "window": {"sliding_window": 30},
     "cap_and_alibi": {"logits_soft_cap": 2.0, "alibi_slopes": ALIBI},
+    "sinks": {"sinks": jnp.asarray([3.0, -1.0, 0.0, 7.0, 1.0, 2.0])},
 }
 
 
-def run(problem: Problem, implementation: str | None, **options) -> jax.Array:
+def run(
+    problem: Problem,
+    implementation: str | None,
+    *,
+    decode_only: bool = False,
+    target: Target = HERE,
+    **scoring,
+) -> jax.Array:
+    how = keywords(problem, **scoring)
+
     def attend(*arrays: jax.Array) -> jax.Array:
         return paged_attention(
-            *arrays, scale=scale(problem), implementation=implementation, **options
+            *arrays, implementation=implementation, decode_only=decode_only, target=target, **how
         )
 
     return jax.jit(attend)(*problem).astype(jnp.float32)
@@ -119,8 +132,9 @@ def test_xla_equals_the_reference_on_random_steps(
 
 
 def _random_step(implementation: str):
+    options = AttentionOptions(0.25)
     return jax.jit(lambda *arrays: paged_attention(
-        *arrays, scale=0.25, implementation=implementation))  # fmt: skip
+        *arrays, options=options, target=HERE, implementation=implementation))  # fmt: skip
 
 
 RANDOM_STEP_XLA = _random_step("xla")
@@ -149,9 +163,35 @@ def test_a_named_backend_that_refuses_the_shape_says_why() -> None:
         run(decode_problem([3], dtype=jnp.float32), "triton", decode_only=True)
 
 
-def test_the_next_backend_is_asked_when_one_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_the_next_backend_is_asked_when_one_refuses() -> None:
     problem = decode_problem([70, 5], dtype=jnp.float32)  # no kernel takes float32
-    got = run(problem, None, decode_only=True)
+    got = run(problem, None, decode_only=True, target=Target("gpu"))
     np.testing.assert_allclose(got, expected(problem), atol=tolerance(problem))
-    assert op_module.GPU_DECODE_ORDER[-1] == "xla"
+
+
+def test_the_reference_of_a_target_is_differentiable() -> None:
+    problem = decode_problem([7, 3], head_dim=16)
+    target = Target("cpu", implementation="reference")
+
+    def loss(q: jax.Array) -> jax.Array:
+        return run(problem._replace(q=q), None, target=target).sum()
+
+    step = 1e-2 * jnp.ones_like(problem.q)
+    slope = (jax.grad(loss)(problem.q) * step).sum()
+    difference = (loss(problem.q + step) - loss(problem.q - step)) / 2
+    np.testing.assert_allclose(slope, difference, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_numbers_of_other_heads_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is \(5,\), not one for 6 heads"):
+        run(decode_problem([3]), "xla", **{name: jnp.ones(5)})
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [({"sliding_window": 0}, "sliding_window is 0"), ({"logits_soft_cap": -1.0}, "cap is -1.0")],
+)
+def test_options_without_meaning_are_refused(option: dict[str, float], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        run(decode_problem([3]), "xla", **option)

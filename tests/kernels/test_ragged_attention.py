@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.paged_attention_reference import paged_attention_reference
 from jaxengine.pallas_kernels.ragged_attention_mosaic import (
     RaggedMosaicConfig,
@@ -18,6 +19,8 @@ from jaxengine.pallas_kernels.ragged_attention_triton import (
     RaggedTritonConfig,
     ragged_attention_triton,
 )
+
+from tests.kernels.problems import H100
 
 SMALL = RaggedTritonConfig(rows=16, tile_kv=16, num_warps=4, num_stages=2)
 SMALL_MOSAIC = RaggedMosaicConfig(tile_kv=64, num_stages=2, take_turns=True, num_programs=2)
@@ -67,7 +70,9 @@ class Batch:
         )
 
     def all_options(self) -> dict[str, Any]:
-        return {"scale": self.head_dim**-0.5, **self.options}
+        options = dict(self.options)
+        per_head = {name: options.pop(name, None) for name in ("alibi_slopes", "sinks")}
+        return {**per_head, "options": AttentionOptions(self.head_dim**-0.5, **options)}
 
     def expected(self) -> np.ndarray:
         """The reference, with zeros for the tokens that the ragged kernels leave alone."""
@@ -94,12 +99,14 @@ BATCHES = {
     "sliding_window_of_one_key": Batch([(20, 30)], options={"sliding_window": 1}),
     "soft_cap": Batch([(19, 35)], options={"logits_soft_cap": 2.0}),
     "alibi": Batch([(19, 35)], options={"alibi_slopes": jnp.array([0.5, 0.125])}),
-    "window_cap_and_alibi_together": Batch(
+    "sinks": Batch([(1, 1), (19, 35)], options={"sinks": jnp.array([2.0, -1.0])}, padding_tokens=3),
+    "everything_together": Batch(
         [(3, 60), (26, 31)],
         options={
             "sliding_window": 20,
             "logits_soft_cap": 5.0,
             "alibi_slopes": jnp.array([0.5, 0.125]),
+            "sinks": jnp.array([2.0, -1.0]),
         },
     ),
 }
@@ -109,16 +116,25 @@ BATCHES = {
 def test_triton_equals_the_reference(name: str) -> None:
     batch = BATCHES[name]
     out = ragged_attention_triton(
-        *batch.arrays(), **batch.all_options(), config=SMALL, interpret=True
+        *batch.arrays(), **batch.all_options(), target=H100, config=SMALL, interpret=True
     )
     check(batch, out)
 
 
-@pytest.mark.parametrize("head_dim", [80, 256])
+@pytest.mark.parametrize("head_dim", [80, 112, 256])
 def test_triton_serves_head_dim(head_dim: int) -> None:
     batch = Batch([(7, 20), (3, 3)], head_dim=head_dim)
     out = ragged_attention_triton(
-        *batch.arrays(), **batch.all_options(), config=SMALL, interpret=True
+        *batch.arrays(), **batch.all_options(), target=H100, config=SMALL, interpret=True
+    )
+    check(batch, out)
+
+
+def test_triton_serves_many_query_heads_of_one_kv_head() -> None:
+    batch = Batch([(3, 20), (2, 2)], num_heads=71)
+    config = SMALL._replace(rows=128)
+    out = ragged_attention_triton(
+        *batch.arrays(), **batch.all_options(), target=H100, config=config, interpret=True
     )
     check(batch, out)
 
@@ -126,13 +142,13 @@ def test_triton_serves_head_dim(head_dim: int) -> None:
 def test_triton_refuses_float32() -> None:
     batch = Batch([(3, 3)], dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="float32"):
-        ragged_attention_triton(*batch.arrays(), **batch.all_options(), interpret=True)
+        ragged_attention_triton(*batch.arrays(), **batch.all_options(), target=H100, interpret=True)
 
 
 def test_triton_refuses_a_head_dim_over_256() -> None:
     batch = Batch([(3, 3)], head_dim=512)
     with pytest.raises(NotImplementedError, match="512"):
-        ragged_attention_triton(*batch.arrays(), **batch.all_options(), interpret=True)
+        ragged_attention_triton(*batch.arrays(), **batch.all_options(), target=H100, interpret=True)
 
 
 MOSAIC_BATCHES = {
@@ -143,7 +159,8 @@ MOSAIC_BATCHES = {
             "padding_rows_and_tokens",
             "multi_head_and_float16",
             "group_of_four",
-            "window_cap_and_alibi_together",
+            "sinks",
+            "everything_together",
         )
     },
     "more_tiles_than_stages": Batch([(70, 290), (130, 130)], head_dim=128, block_size=16),
@@ -158,6 +175,7 @@ def test_mosaic_equals_the_reference_without_races(name: str) -> None:
     out = ragged_attention_mosaic(
         *batch.arrays(),
         **batch.all_options(),
+        target=H100,
         config=SMALL_MOSAIC,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
@@ -168,21 +186,21 @@ def test_mosaic_equals_the_reference_without_races(name: str) -> None:
 def test_mosaic_refuses_a_head_dim_that_is_no_multiple_of_64() -> None:
     batch = Batch([(3, 3)], head_dim=80)
     with pytest.raises(NotImplementedError, match="80"):
-        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options(), target=H100)
 
 
 @needs_mosaic_interpreter
 def test_mosaic_refuses_a_block_size_that_does_not_fit_its_tiles() -> None:
     batch = Batch([(3, 3)], block_size=24)
     with pytest.raises(NotImplementedError, match="24"):
-        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options(), target=H100)
 
 
 @pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="this jax is new enough")
 def test_mosaic_refuses_an_old_jax() -> None:
     batch = Batch([(3, 3)])
     with pytest.raises(NotImplementedError, match="too old"):
-        ragged_attention_mosaic(*batch.arrays(), **batch.all_options())
+        ragged_attention_mosaic(*batch.arrays(), **batch.all_options(), target=H100)
 
 
 LARGE = {
@@ -195,13 +213,14 @@ LARGE = {
         padding_tokens=30,
         padding_rows=4,
     ),
-    "window_cap_and_alibi": Batch(
+    "everything": Batch(
         [(700, 700), (300, 1500)],
         block_size=16,
         options={
             "sliding_window": 333,
             "logits_soft_cap": 20.0,
             "alibi_slopes": 2.0 ** -jnp.arange(1, 9),
+            "sinks": jnp.arange(8) - 3.0,
         },
     ),
     "many_short_rows": Batch([(n, n + 3 * n % 50) for n in range(1, 65)], block_size=16),
@@ -216,4 +235,4 @@ def test_compiled_kernel_equals_the_reference(
     attention: Any, head_dim: int, num_kv_heads: int, name: str
 ) -> None:
     batch = replace(LARGE[name], num_heads=8, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    check(batch, jax.jit(partial(attention, **batch.all_options()))(*batch.arrays()))
+    check(batch, jax.jit(partial(attention, **batch.all_options(), target=H100))(*batch.arrays()))

@@ -7,14 +7,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.operands import AttentionOptions
 from jaxengine.pallas_kernels.ragged_attention_mosaic import ragged_attention_mosaic
 from jaxengine.pallas_kernels.ragged_attention_triton import ragged_attention_triton
 
 from tests.kernels.h100 import lower_for_cuda
+from tests.kernels.problems import H100
 
 OPTIONS = {
     "plain": {},
-    "window_cap_and_alibi": {"sliding_window": 100, "logits_soft_cap": 30.0, "alibi": True},
+    "window and sinks": {"sliding_window": 100, "sinks": True},
+    "everything": {
+        "sliding_window": 100,
+        "logits_soft_cap": 30.0,
+        "alibi": True,
+        "sinks": True,
+    },
 }
 
 
@@ -28,13 +36,20 @@ def lower(
     dtype: Any = jnp.bfloat16,
     num_tokens: int = 256,
     alibi: bool = False,
+    sinks: bool = False,
     **options: Any,
 ) -> str:
     """Return the program lowered for CUDA, as text."""
 
     def call(*arrays: jax.Array) -> jax.Array:
-        slopes = jnp.ones((num_heads,)) if alibi else None
-        return attention(*arrays, scale=0.1, alibi_slopes=slopes, **options)
+        ones = jnp.ones((num_heads,))
+        return attention(
+            *arrays,
+            alibi_slopes=ones if alibi else None,
+            sinks=ones if sinks else None,
+            options=AttentionOptions(0.1, **options),
+            target=H100,
+        )
 
     cache = jax.ShapeDtypeStruct((9, num_kv_heads, block_size, head_dim), dtype)
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (4,), (5,), ())]
@@ -49,7 +64,7 @@ def test_triton_lowers(head_dim: int, options: str) -> None:
     assert "ragged_attention_triton" in text
 
 
-@pytest.mark.parametrize("num_heads", [2, 6, 14, 16])
+@pytest.mark.parametrize("num_heads", [2, 6, 14, 16, 256])
 def test_triton_lowers_for_group(num_heads: int) -> None:
     lower(ragged_attention_triton, num_heads=num_heads)
 

@@ -95,13 +95,40 @@ def test_only_the_slots_of_the_step_change() -> None:
     assert sorted(np.flatnonzero(changed)) == sorted(slots)
 
 
-def test_several_products_are_left_to_the_reference() -> None:
-    arrays, options = problem((3, 2, 2, 64))
+def test_several_products_are_added_up() -> None:
+    arrays, options = problem((3, 2, 2, 64), num_parts=2, has_bias=True)
     twice = (arrays[0] + arrays[0], *arrays[1:])
-    with pytest.raises(NotImplementedError, match="2 products"):
-        rope_kv_write(*twice, **options, target=Target("gpu"), implementation="triton")
-    queries, _, _ = rope_kv_write(*twice, **options, target=Target("gpu"))
-    assert queries.shape == (3, 4, 64)
+    found = rope_kv_write_triton(*twice, **options, interpret=True)
+    assert_same(found, rope_kv_write_reference(*twice, **options), units=4)
+
+
+@pytest.mark.parametrize(("norm", "rotated"), [("none", None), ("layer by head", 32)])
+def test_many_queries_of_one_kv_head_are_shared_by_several_programs(norm, rotated) -> None:
+    arrays, options = problem((2, 1, 71, 64), norm=norm, rotated=rotated, has_bias=True)
+    found = rope_kv_write_triton(*arrays, **options, interpret=True)
+    assert_same(found, rope_kv_write_reference(*arrays, **options), units=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"q_norm": Norm(jnp.ones((3, 64)))},
+            r"q_norm has \(3, 64\), neither \(64,\) nor \(4, 64\)",
+        ),
+        ({"k_norm": Norm(jnp.ones(32))}, r"k_norm has \(32,\)"),
+    ],
+)
+def test_norms_of_other_heads_are_named(change, complaint) -> None:
+    arrays, options = problem((3, 2, 2, 64))
+    with pytest.raises(ValueError, match=complaint):
+        rope_kv_write(*arrays, **{**options, **change}, target=Target("cpu"))
+
+
+def test_more_angles_than_a_head_has_are_named() -> None:
+    arrays, options = problem((3, 2, 2, 64), rotated=96)
+    with pytest.raises(ValueError, match="96 dimensions are to be rotated of 64"):
+        rope_kv_write(*arrays, **options, target=Target("cpu"))
 
 
 def test_an_unknown_implementation_is_an_error() -> None:

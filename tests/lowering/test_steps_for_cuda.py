@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
-from jaxengine.pallas_kernels import gated_product, paged_attention
 from jaxengine.pallas_kernels.gated_product_reference import gated_product_reference
 from jaxengine.pallas_kernels.peers import inbox_layout
 from jaxengine.pallas_kernels.target import Target
@@ -29,7 +28,7 @@ from tests.kernels.h100 import h100s, lower_for_cuda
 
 DECODE = StepShape(4, 4, decode_only=True)
 MIXED = StepShape(16, 4, decode_only=False)
-MOSAIC_KERNELS = ("gated_product_mosaic", "paged_decode_mosaic", "ragged_attention_mosaic")
+MOSAIC_KERNELS = ("gated_product_mosaic", "ragged_attention_mosaic")
 
 # The models of the benchmarks, few layers and a small vocabulary: what lowering depends on.
 LLAMA_8B = {
@@ -84,7 +83,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
     definition, specs = param_specs(lambda: factory(config, options))
     mesh = h100s(num_gpus, TENSOR_AXIS)
     parts = StageParts(definition, specs, mesh, range(3))
-    layout = None if num_gpus == 1 else inbox_layout(num_gpus, 16384 * config.hidden_size)
+    layout = None if num_gpus == 1 else inbox_layout(num_gpus, 16384 * config.hidden_size, H100)
     forward = make_forward(shape, parts=parts, block_size=16, inbox_layout=layout)
     cache_spec = KVCacheSpec(3, config.num_kv_heads, config.head_dim, 16, "bfloat16")
 
@@ -136,9 +135,8 @@ def test_the_step_lowers_for_cuda(
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
 def test_what_a_gpu_chooses_lowers_for_cuda_and_is_a_kernel_of_ours(
-    name: str, shape: StepShape, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: StepShape
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     text = lower_step_for_cuda(name, None, shape)
     assert "mosaic_gpu" in text or "__gpu$xla.gpu.triton" in text
     assert "stablehlo.while" not in text
@@ -212,11 +210,8 @@ def test_caches_tables_and_tokens_are_donated_on_the_gpu_too() -> None:
     ids=["decode", "short", "mixed", "long"],
 )
 def test_on_hopper_a_step_takes_the_mosaic_kernels_that_are_faster(
-    shape: StepShape, kernels: set[str], monkeypatch: pytest.MonkeyPatch
+    shape: StepShape, kernels: set[str]
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for module in (gated_product, paged_attention):
-        monkeypatch.setattr(module, "is_hopper", lambda: True)
     text = lower_step_for_cuda("llama-8b", None, shape)
     found = {name for name in MOSAIC_KERNELS if name in text}
     assert found == kernels

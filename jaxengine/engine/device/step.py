@@ -22,14 +22,13 @@ from jaxengine.engine.sampling.logprobs import TokenLogprobs, prompt_logprobs
 from jaxengine.layers.vocabulary import argmax_over_shards
 from jaxengine.models.decoder import LayerCaches
 from jaxengine.pallas_kernels.peers import InboxLayout, Peers
+from jaxengine.pallas_kernels.target import Target
 from jaxengine.sharding import LOGITS_SPEC, TENSOR_AXIS
 from jaxengine.weights import ParamSpec, merge_params
 
 # Below, a last layer for the rows' last tokens alone would cost another set of products and kernels
 # at compilation, and spare little: a step of so few tokens waits for the weights.
 MIN_TOKENS_PER_ROW = 2
-
-HOPPER_NAMES = ("H100", "H200", "H800", "GH200")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class StageParts:
     @property
     def is_on_hopper(self) -> bool:
         """Whether its devices are GPUs of the kind that most here was measured on."""
-        return any(name in self.mesh.devices.flat[0].device_kind for name in HOPPER_NAMES)
+        return Target.of(self.mesh.devices.flat[0]).is_hopper
 
 
 def make_forward(
