@@ -113,7 +113,23 @@ def _layout(
             f"{path}: tensor {shown(name)} of shape {shape} needs {needed} bytes, "
             f"its storage holds {num_bytes}"
         )
+    if all(shape) and _overlaps(shape, strides):
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} of shape {shape} has strides {strides}, with which "
+            "elements share their place: the file is damaged, fetch it again"
+        )
     return shape, strides, offset
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements may lie in one place: each axis must step over the ones inside it."""
+    inside = 0
+    for step, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if step <= inside:
+                return True
+            inside += (size - 1) * step
+    return False
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -204,3 +204,14 @@ def test_a_tensor_that_repeats_its_storage_takes_no_memory(
     path = save(tmp_path / "f.bin", {"x": torch.ones(1).expand(2**30, 2)})
     with pytest.raises(CheckpointError, match="needs 8589934592 bytes, its storage holds 4"):
         open_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((4, 2), (0, 1)), ((4, 2), (1, 1)), ((2, 2, 2), (2, 1, 1))]
+)
+def test_a_tensor_whose_elements_share_their_place_is_refused(
+    tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    tensor = torch.arange(8.0).as_strided(size, stride)
+    with pytest.raises(CheckpointError, match=r"'x' of shape .* elements share their place"):
+        open_torch_file(save(tmp_path / "f.bin", {"x": tensor}))

@@ -28,7 +28,7 @@ def test_thousands_of_damaged_files_are_the_same_or_a_clear_error(name: str) -> 
     assert_good(name, SLOW_CASES, seed=1_000_000)
 
 
-def test_a_hang_a_crash_and_exhausted_memory_are_told_apart(
+def test_a_hang_and_a_crash_of_the_reading_process_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The harness itself must see what it is there to see.
