@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import InputBatch
-from jaxengine.engine.device.kv_cache import CACHE_SPEC, KVCacheSpec
+from jaxengine.engine.device.kv_cache import CACHE_SPEC, KVCacheSpec, kv_heads
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduling.block_pool import BlockPool
 from jaxengine.engine.scheduling.scheduler import Scheduler
@@ -28,7 +28,7 @@ from jaxengine.models.registry import ModelRegistry
 from jaxengine.outputs import RequestOutput
 from jaxengine.request_loop import RequestLoop
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.sharding import LOGITS_SPEC, held_kv_heads, make_mesh
+from jaxengine.sharding import LOGITS_SPEC, make_mesh
 from jaxengine.weights import load_params, merge_params, open_model, param_specs
 
 TINY = {
@@ -95,24 +95,15 @@ def our_logits(
     definition, specs = param_specs(lambda: factory(config, options))
     params = load_params(checkpoint, specs, mesh, show_progress=False)
     num_blocks = -(-len(token_ids) // 16)
-    caches = [
-        KVCacheSpec(
-            1,
-            held_kv_heads(attention.num_kv_heads, num_shards),
-            attention.head_dim,
-            16,
-            config.dtype,
-        ).allocate(num_blocks + 1, mesh)[0]
-        for attention in (layer.attention for layer in config.spec.layers)
-        if attention is not None
-    ]
+    heads = kv_heads(config, range(config.num_layers), num_shards)
+    caches = KVCacheSpec(heads, 16, config.dtype).allocate(num_blocks + 1, mesh)
 
     def all_logits(params: dict, caches: list, batch: InputBatch) -> jax.Array:
         model = merge_params(definition, params)
         hidden, _ = model(batch, caches)
         return model.compute_logits(hidden)
 
-    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(caches)
+    cache_specs = CACHE_SPEC
     sharded = jax.shard_map(
         all_logits,
         mesh=mesh,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.device.buckets import Buckets
-from jaxengine.engine.device.kv_cache import KVCacheSpec
+from jaxengine.engine.device.kv_cache import KVCacheSpec, kv_heads
 from jaxengine.engine.device.model_runner import ModelRunner, RunnerHooks
 from jaxengine.engine.device.output_buffers import OutputBuffers
 from jaxengine.engine.device.peer_memory import PeerMemory, reach_each_other
@@ -28,7 +28,7 @@ from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
 from jaxengine.pallas_kernels.peers import inbox_layout
 from jaxengine.pallas_kernels.target import Target
-from jaxengine.sharding import check_tensor_parallel_size, held_kv_heads, make_mesh, split_layers
+from jaxengine.sharding import check_tensor_parallel_size, make_mesh, split_layers
 from jaxengine.weights import Checkpoint, Params, load_params, param_specs, random_params
 
 
@@ -227,9 +227,7 @@ def _build_stage(
         is_last=layers.stop == model.num_layers,
     )
     cache_spec = KVCacheSpec(
-        num_layers=len(layers),
-        num_kv_heads=held_kv_heads(model.num_kv_heads, mesh.size),
-        head_dim=model.head_dim,
+        heads=kv_heads(model, layers, mesh.size),
         block_size=config.block_size,
         dtype=model.dtype,
     )

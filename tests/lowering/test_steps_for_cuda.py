@@ -17,7 +17,7 @@ from jaxengine.pallas_kernels.peers import inbox_layout
 from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import StepShape
-from jaxengine.engine.device.kv_cache import KVCacheSpec
+from jaxengine.engine.device.kv_cache import KVCacheSpec, kv_heads
 from jaxengine.engine.device.step import StageParts, make_forward
 from jaxengine.model_config import ModelConfig
 from jaxengine.models.options import ModelOptions
@@ -85,7 +85,7 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
     parts = StageParts(definition, specs, mesh, range(3))
     layout = None if num_gpus == 1 else inbox_layout(num_gpus, 16384 * config.hidden_size, H100)
     forward = make_forward(shape, parts=parts, block_size=16, inbox_layout=layout)
-    cache_spec = KVCacheSpec(3, config.num_kv_heads, config.head_dim, 16, "bfloat16")
+    cache_spec = KVCacheSpec(kv_heads(config, range(3), 1), 16, "bfloat16")
 
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxengine.model_config import ModelConfig
 from jaxengine.models.decoder import LayerCaches
-from jaxengine.sharding import TENSOR_AXIS
+from jaxengine.sharding import TENSOR_AXIS, held_kv_heads
 
 CACHE_SPEC = P(None, TENSOR_AXIS, None, None)  # [num_blocks, K, block_size, H], heads are cut
 
@@ -19,12 +20,11 @@ class KVCacheSpec:
     """Shape of the cache of one pipeline stage.
 
     Attributes:
-        num_kv_heads: K over all shards.
+        heads: KV heads over all shards and their head_dim, of each layer that has attention: a
+            block takes of each just what it needs.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    heads: tuple[tuple[int, int], ...]
     block_size: int
     dtype: str
 
@@ -32,25 +32,43 @@ class KVCacheSpec:
     def block_bytes(self) -> int:
         """Bytes of one block, keys and values, all layers, all shards."""
         itemsize = jnp.dtype(self.dtype).itemsize
-        values = self.num_layers * self.num_kv_heads * self.block_size * self.head_dim
+        values = self.block_size * sum(num_heads * head_dim for num_heads, head_dim in self.heads)
         return 2 * values * itemsize
 
-    def shape(self, num_blocks: int) -> tuple[int, int, int, int]:
-        """Shape of one layer's keys (or values)."""
-        return (num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+    def shapes(self, num_blocks: int) -> list[tuple[int, int, int, int]]:
+        """Shape of each layer's keys (or values)."""
+        return [(num_blocks, K, self.block_size, H) for K, H in self.heads]
 
     def abstract(
         self, num_blocks: int, mesh: Mesh
     ) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """The cache as shapes, to compile with before it exists."""
         sharding = NamedSharding(mesh, CACHE_SPEC)
-        one = jax.ShapeDtypeStruct(self.shape(num_blocks), jnp.dtype(self.dtype), sharding=sharding)
-        return [(one, one) for _ in range(self.num_layers)]
+        like = functools.partial(
+            jax.ShapeDtypeStruct, dtype=jnp.dtype(self.dtype), sharding=sharding
+        )
+        return [(like(shape), like(shape)) for shape in self.shapes(num_blocks)]
 
     def allocate(self, num_blocks: int, mesh: Mesh) -> LayerCaches:
         """Make the cache, all zeros: attention multiplies unused slots by 0, so never by NaN."""
-        zeros = jax.jit(
-            functools.partial(jnp.zeros, self.shape(num_blocks), jnp.dtype(self.dtype)),
-            out_shardings=NamedSharding(mesh, CACHE_SPEC),
+        zeros = jax.jit(  # a program a shape
+            jnp.zeros, static_argnums=(0, 1), out_shardings=NamedSharding(mesh, CACHE_SPEC)
         )
-        return [(zeros(), zeros()) for _ in range(self.num_layers)]
+        dtype = jnp.dtype(self.dtype)
+        return [(zeros(shape, dtype), zeros(shape, dtype)) for shape in self.shapes(num_blocks)]
+
+
+def kv_heads(model: ModelConfig, layers: range, num_shards: int) -> tuple[tuple[int, int], ...]:
+    """KV heads and head_dim of a stage's layers that have attention.
+
+    Args:
+        model: Whose layers they are.
+        layers: Those of the stage.
+        num_shards: Devices that share the heads.
+    """
+    attentions = (model.spec.layers[layer].attention for layer in layers)
+    return tuple(
+        (held_kv_heads(attention.num_kv_heads, num_shards), attention.head_dim)
+        for attention in attentions
+        if attention is not None
+    )

@@ -151,7 +151,7 @@ def make_forward(
         return (*outputs, hidden) if returns_hidden else outputs
 
     weight_specs = tuple(spec.spec for spec in parts.specs.values())
-    cache_specs = [(CACHE_SPEC, CACHE_SPEC)] * len(parts.layers)
+    cache_specs = CACHE_SPEC  # of every array in the list
     out_specs = [P(), LOGITS_SPEC, P()][: 2 + returns_hidden] if parts.is_last else [P()]
     first_overwritten = 5 + (not parts.is_first) + (inbox_layout is not None)
     other_specs = [P()] * (first_overwritten - 5) + [P(), LOGITS_SPEC][: 2 * overwrites_outputs]
