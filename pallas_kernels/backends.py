@@ -1,36 +1,16 @@
-"""Calls kernels for the ops, and knows which have failed to compile here.
+"""Calls kernels for the ops.
 
-A kernel is a function named "module:function": imported when first asked, so that a CPU run never
-pays for the Pallas GPU backends. What it does not serve it refuses, by NotImplementedError, and the
-op turns to the next. A kernel that serves a shape by its own word and then fails to lower or
-compile (another version of jax, another GPU) is found by ``retire_failing_kernels``, and from then
-on is refused as well. Nothing of that costs a program that compiles anything.
+A kernel is a function named "module:function", imported when first asked, so that a CPU run never
+pays for the Pallas GPU backends. What it does not serve it refuses by NotImplementedError, with the
+reason, and the op turns to the next.
 """
 
-import functools
 import importlib
-import logging
-import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-
-logger = logging.getLogger(__name__)
-
-
-class _Call(NamedTuple):
-    """One kernel with shapes that it was asked for, as it can be lowered alone."""
-
-    name: str  # for people
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]  # pytrees of ShapeDtypeStruct
-    options: dict[str, Any]
-
-
-_calls: dict[Hashable, _Call] = {}  # by kernel and operands
-_causes: dict[Hashable, str] = {}  # of those that have failed
-_lock = threading.Lock()
+from jaxengine.pallas_kernels.failures import KernelCall, forget_call, note_call
 
 
 def load_function(location: str) -> Callable[..., Any]:
@@ -52,21 +32,21 @@ def call_kernel(location: str, *operands: Any, **options: Any) -> Any:
 
     Raises:
         NotImplementedError: If this jax has no such kernel, if it does not serve the operands, or
-            if it has failed with such operands before.
+            if it has failed to compile with such operands.
     """
     function = load_function(location)
     arrays, structure = jax.tree.flatten(operands)
     shapes = ", ".join(f"{array.dtype.name}{list(array.shape)}" for array in arrays)
+    abstract = structure.unflatten(
+        jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays
+    )
     key = (location, structure, shapes, repr(options))
-    if key in _causes:
-        raise NotImplementedError(f"it has failed to compile here: {_causes[key]}")
-    abstract = structure.unflatten(_abstract(array) for array in arrays)
     name = f"{location.split(':')[1]}({shapes})"
-    _calls[key] = _Call(name, function, abstract, options)  # before: tracing it may fail
+    note_call(key, KernelCall(name, function, abstract, options))  # before: tracing it may fail
     try:
         return function(*operands, **options)
     except NotImplementedError:
-        _calls.pop(key, None)
+        forget_call(key)
         raise
 
 
@@ -85,51 +65,3 @@ def first_that_serves(
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("; ".join(refusals))
-
-
-def num_retired() -> int:
-    """Return how many kernels, with their shapes, have failed in this process."""
-    return len(_causes)
-
-
-def retire_failing_kernels(device: jax.Device) -> bool:
-    """After a program failed: find the kernels that do not compile, and refuse them from now on.
-
-    Every kernel that programs have asked for is compiled alone. For each that fails there is one
-    warning with its name, its shapes and the cause. jax forgets what it has traced, as that holds
-    the failing kernels.
-
-    Args:
-        device: To compile for.
-
-    Returns:
-        Whether there were any: then the program is worth another try.
-    """
-    with _lock:
-        failed = {}
-        for key, call in list(_calls.items()):
-            cause = _failure(call, device)
-            if cause is not None:
-                failed[key] = cause
-                logger.warning("%s does not compile here and is left out: %s", call.name, cause)
-                _calls.pop(key, None)
-        _causes.update(failed)
-        if failed:
-            jax.clear_caches()
-        return bool(failed)
-
-
-def _failure(call: _Call, device: jax.Device) -> str | None:
-    try:
-        with jax.default_device(device):
-            jax.jit(functools.partial(call.function, **call.options)).lower(
-                *call.operands
-            ).compile()
-    except Exception as error:  # whatever a compiler may raise
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    return None
-
-
-def _abstract(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -358,7 +358,7 @@ def _item(problem: _Problem, refs: _Refs, index: jax.Array) -> _Item:
     tile = jnp.where(lax.rem(num_sections - section, 2) == 1, tile, num_tiles - 1 - tile)
     position, num_tokens = refs.position[tile], refs.num_tokens[tile]
     first, first_full, last_full, last = key_tiles(
-        position, num_tokens, problem.config.tile_kv, problem.sliding_window
+        position, num_tokens, problem.config.tile_kv, problem.options.sliding_window
     )
     return _Item(
         kv_head=lax.div(head_index, jnp.int32(items_per_kv_head)),

@@ -64,7 +64,7 @@ def residual_norm(
         return residual_norm_reference(
             addends, residual, norms, inner=inner, scale=scale, axis_name=axis_name
         )
-    if chosen == "triton" or _prefers_triton(addends, peers, target):
+    if chosen == "triton" or _prefers_triton(addends, len(norms), inner, peers, target):
         try:
             if peers is not None:
                 return call_kernel(
@@ -91,16 +91,24 @@ def residual_sum(
     target: Target,
 ) -> Float[Array, "T D"]:
     """Add a sum to the residual stream, as ``residual_norm`` does, where no norm follows."""
-    arrays = (addends, residual)
-    if addends.bias is None and inner is None and scale == 1 and target.implementation is None:
-        return _sum_by_xla(*arrays, None, scale=1, peers=peers, axis_name=axis_name)
     total, _ = residual_norm(
-        *arrays, (), inner=inner, scale=scale, peers=peers, axis_name=axis_name, target=target
+        addends,
+        residual,
+        (),
+        inner=inner,
+        scale=scale,
+        peers=peers,
+        axis_name=axis_name,
+        target=target,
     )
     return total
 
 
-def _prefers_triton(addends: Addends, peers: Peers | None, target: Target) -> bool:
+def _prefers_triton(
+    addends: Addends, num_norms: int, inner: Norm | None, peers: Peers | None, target: Target
+) -> bool:
+    if num_norms == 0 and inner is None:
+        return False  # a sum alone is XLA's, or of several GPUs a kernel's without rows
     # A program of the kernel takes a row, which suits few of them; and where there are many, XLA
     # adds the residual in the product itself.
     return peers is not None or (addends.num_rows <= FEW_ROWS and target.is_gpu)

@@ -169,8 +169,10 @@ def test_only_weights_the_registry_and_the_command_line_import_convert() -> None
 
 
 def test_only_layers_call_kernels() -> None:
-    # Data that kernels share with those who keep memory, and with those who choose programs.
-    data = tuple(f"jaxengine.pallas_kernels.{name}" for name in ("peers", "operands", "target"))
+    # Data that kernels share with those who keep memory, and with those who choose programs; and
+    # what those who compile programs do when a kernel fails.
+    names = ("peers", "operands", "target", "failures")
+    data = tuple(f"jaxengine.pallas_kernels.{name}" for name in names)
     callers = engine_files_that_import("jaxengine.pallas_kernels", but=data)
     assert {Path(file).parent.as_posix() for file in callers} == {"jaxengine/layers"}
 

@@ -5,7 +5,7 @@ Every stage sees every step, in the order of dispatch, and keeps its own block t
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxengine.engine.device.output_buffers import OutputBuffers
 from jaxengine.engine.device.peer_memory import PeerMemory
 from jaxengine.engine.device.program_cache import ProgramCache, compile_lowered
 from jaxengine.engine.device.step import StageParts, apply_table_updates, make_forward
+from jaxengine.pallas_kernels.failures import num_retired, without_failing_kernels
 from jaxengine.pallas_kernels.peers import InboxLayout
 from jaxengine.sharding import replicate, replicated
 from jaxengine.weights import Params
@@ -35,6 +36,7 @@ class LoweredStep:
     returns_hidden: bool
     lowered: jax.stages.Lowered
     seconds: float
+    num_retired: int  # kernels known not to compile when it was traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,11 +228,24 @@ class Stage:
         return True
 
     def compile(self, step: LoweredStep) -> CompiledStep:
-        """Let XLA compile a step; changes nothing here, so several threads can do it."""
+        """Let XLA compile a step; changes nothing here, so several threads can do it.
+
+        If a kernel turns out not to compile, the step is traced again without it.
+        """
         started = time.perf_counter()
-        program, is_storable = compile_lowered(step.lowered, self._options(step.shape))
+        attempts = self._attempts(step)
+        program, is_storable = without_failing_kernels(
+            lambda: compile_lowered(next(attempts).lowered, self._options(step.shape)),
+            self.parts.local_device,
+            step.num_retired,
+        )
         seconds = step.seconds + time.perf_counter() - started
         return CompiledStep(step.shape, step.returns_hidden, program, is_storable, seconds)
+
+    def _attempts(self, step: LoweredStep) -> Iterator[LoweredStep]:
+        yield step
+        while True:
+            yield self.lower(step.shape, step.returns_hidden)
 
     def keep(self, step: CompiledStep) -> None:
         """Take a compiled step, and store it for the next start."""
@@ -255,8 +270,16 @@ class Stage:
         return None if self._peer_memory is None else self._peer_memory.layout
 
     def lower(self, shape: StepShape, returns_hidden: bool = False) -> LoweredStep:
-        """Trace a step. This holds the interpreter: threads doing it at once gain nothing."""
-        started = time.perf_counter()
+        """Trace a step. This holds the interpreter: threads doing it at once gain nothing.
+
+        Kernels that do not lower are left out.
+        """
+        return without_failing_kernels(
+            lambda: self._lower(shape, returns_hidden), self.parts.local_device
+        )
+
+    def _lower(self, shape: StepShape, returns_hidden: bool) -> LoweredStep:
+        started, retired = time.perf_counter(), num_retired()
         parts = self.parts
         mesh = parts.mesh
         buffers = self._buffers_of(shape)
@@ -283,4 +306,5 @@ class Stage:
             *([] if self._peer_memory is None else [self._peer_memory.abstract()]),
             *([] if buffers is None else buffers.abstract(shape.num_rows)),
         )
-        return LoweredStep(shape, returns_hidden, lowered, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return LoweredStep(shape, returns_hidden, lowered, seconds, retired)
