@@ -70,16 +70,18 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class HeadNormSpec:
-    """Normalisation of queries and keys before the rotation.
+    """Normalisation of queries and keys, before the rotation unless said.
 
     Attributes:
         norm: Its kind.
         scope: "head": one weight [H] for all heads; "heads": a weight [H] a head; "all": one norm
             over all heads of a token together (OLMo 2).
+        follows_rope: Whether heads are rotated first (HunYuan); only with scope "head".
     """
 
     norm: NormSpec
     scope: Literal["head", "heads", "all"] = "head"
+    follows_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class EmbeddingSpec:
         num_positions: Rows of a learned position embedding; 0 for none.
         position_offset: Position 0 is that row (2 in OPT).
         norm: Of the sum; None for none.
-        size: Width of the token embeddings where a projection follows (OPT-350m); None for the
-            hidden size.
+        size: Width of the token embeddings, and of what the head multiplies, where projections
+            lie between them and the residual stream (OPT-350m); None for the hidden size.
     """
 
     scale: float = 1.0
@@ -178,10 +180,12 @@ class HeadSpec:
         has_bias: Whether a bias is added.
         scale: Factor on the scores.
         soft_cap: Scores become cap * tanh(score / cap), after ``scale``.
+        is_normalised: Whether each row of the weight is divided by its length (Baichuan 2).
     """
 
     is_tied: bool = False
     has_bias: bool = False
+    is_normalised: bool = False
     scale: float = 1.0
     soft_cap: float | None = None
 

@@ -51,12 +51,14 @@ class Parameter:
         shape: Shape of the whole parameter.
         dtype: Dtype that ``load`` returns.
         pieces: What fills it.
+        is_normalised: Whether each row is divided by its length.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: tuple[Piece, ...]
+    is_normalised: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +80,12 @@ class Parameter:
             ValueError: If the index does not fit the shape.
         """
         whole = full_index(self.shape, index)
+        if self.is_normalised:
+            rows = self._read((*whole[:-1], slice(0, self.shape[-1])))
+            return _normalised(rows)[..., whole[-1]]
+        return self._read(whole)
+
+    def _read(self, whole: Index) -> np.ndarray:
         if len(self.pieces) == 1 and self.pieces[0].tensor.dtype == self.dtype:
             return self.pieces[0].read(whole)
         out = np.empty([part.stop - part.start for part in whole], self.dtype)
@@ -100,6 +108,13 @@ class Parameter:
             inside.append(slice(start - begin, stop - begin))
             target.append(slice(start - wanted.start, stop - wanted.start))
         out[tuple(target)] = piece.read(tuple(inside))
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1, computed in float32; a row of zeros stays one."""
+    wide = rows.astype(np.float32)
+    lengths = np.sqrt(np.sum(np.square(wide), axis=-1, keepdims=True))
+    return (wide / np.maximum(lengths, 1e-12)).astype(rows.dtype)
 
 
 def parameters(checkpoint: Checkpoint, dtype: str | None = None) -> Iterator[Parameter]:
@@ -129,7 +144,15 @@ def parameters(checkpoint: Checkpoint, dtype: str | None = None) -> Iterator[Par
 
 
 def with_prefix(tensors: Mapping[str, StoredTensor], table: Table) -> Mapping[str, StoredTensor]:
-    """The tensors under the table's names, also where the checkpoint is one of the bare model."""
+    """The tensors under the table's names, without those that are not computed.
+
+    The checkpoint may be one of the bare model, or of a model around it.
+    """
+    tensors = {
+        _renamed(name, table): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(table.unused)
+    }
     prefix = table.prefix
     wanted = {source.name for rule in table.rules for source in rule.sources}
     if not prefix or any(name.startswith(prefix) for name in tensors):
@@ -138,6 +161,13 @@ def with_prefix(tensors: Mapping[str, StoredTensor], table: Table) -> Mapping[st
         f"{prefix}{name}" if f"{prefix}{name}" in wanted else name: tensor
         for name, tensor in tensors.items()
     }
+
+
+def _renamed(name: str, table: Table) -> str:
+    for beginning, ours in table.renamed:
+        if name.startswith(beginning):
+            return ours + name.removeprefix(beginning)
+    return name
 
 
 def _resolved(rule: Rule, found: Mapping[str, StoredTensor]) -> Rule:
@@ -161,7 +191,7 @@ def _parameter(rule: Rule, found: Mapping[str, StoredTensor], dtype: np.dtype | 
     pieces = tuple(Piece(found[source.name], source) for source in rule.sources)
     dtypes = {piece.tensor.dtype for piece in pieces}
     stored = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
-    return Parameter(rule.path, rule.shape, dtype or stored, pieces)
+    return Parameter(rule.path, rule.shape, dtype or stored, pieces, rule.is_normalised)
 
 
 def _check(

@@ -55,11 +55,13 @@ class Rule:
         path: Our dotted path.
         shape: Shape of the parameter.
         sources: Tensors, or parts of them.
+        is_normalised: Whether each row is divided by its length while it is loaded.
     """
 
     path: str
     shape: Shape
     sources: tuple[Source, ...]
+    is_normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,16 @@ class Table:
         rules: One for each parameter, layers together and in order.
         ignored: Endings of tensor names that are no parameters (buffers of old checkpoints).
         prefix: Beginning of names that checkpoints of the bare model leave out ("model.").
+        renamed: Beginnings of names, and what stands for them in ``rules``; the first that fits
+            counts.
+        unused: Beginnings of the names of what is not computed, such as an image encoder.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def same(path: str, name: str, shape: Shape, *others: str) -> Rule:

@@ -7,7 +7,7 @@ Families differ in names, in which tensors are joined, and in the order of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxengine.convert.model_spec import (
@@ -37,13 +37,18 @@ class Layout:
     Attributes:
         prefix: What checkpoints of the bare model leave out of the names.
         layer: "{i}" stands for the layer.
-        qkv: One name for each of q, k and v, or one for all three.
+        qkv: One name for each of q, k and v; or one for q and one for both others, per KV head its
+            key and its value; or one for all three.
         joined: How one tensor holds all three: "grouped" as our parameter does, per KV head its
             queries, its key and its value; "stacked": all queries, all keys, all values.
         gate_up: Names of gate and up, of one tensor with gate first, or of an ungated up.
         is_transposed: Whether weights of attention and feed-forward are [in, out].
         pairs_neighbours: Whether the rotary embedding turns dimensions 2j and 2j + 1 together.
-        head_norms: Names for queries and keys.
+        head_norms: Names for queries and keys; "{h}" stands for the head where each has a tensor.
+        project_in: From the token embeddings to the residual stream, where their widths differ.
+        project_out: From the residual stream to what the head multiplies.
+        renamed: See ``Table``.
+        unused: See ``Table``.
     """
 
     prefix: str = "model."
@@ -66,14 +71,23 @@ class Layout:
     pairs_neighbours: bool = False
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    project_in: str = ""
+    project_out: str = ""
     ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def decoder_table(spec: ModelSpec, layout: Layout) -> Table:
     """Return the table of a decoder."""
     head = (f"{layout.head}.weight",) if spec.head.is_tied else ()
-    ignored = (*BUFFERS, *layout.ignored, *head)
-    return Table(tuple(_rules(spec, layout)), ignored=ignored, prefix=layout.prefix)
+    return Table(
+        tuple(_rules(spec, layout)),
+        ignored=(*BUFFERS, *layout.ignored, *head),
+        prefix=layout.prefix,
+        renamed=layout.renamed,
+        unused=layout.unused,
+    )
 
 
 def _rules(spec: ModelSpec, layout: Layout) -> Iterator[Rule]:
@@ -85,12 +99,18 @@ def _rules(spec: ModelSpec, layout: Layout) -> Iterator[Rule]:
     if embedding.num_positions:
         positions = (embedding.num_positions + embedding.position_offset, D)
         yield same("embed_positions.weight", f"{layout.positions}.weight", positions)
+    if embedding.size is not None:
+        yield same("project_in.weight", f"{layout.project_in}.weight", (D, size))
+        yield same("project_out.weight", f"{layout.project_out}.weight", (size, D))
     yield from norm_rules("embed_norm", layout.embedding_norm, embedding.norm, (D,))
     for i, layer in enumerate(spec.layers):
         yield from _layer_rules(D, layer, layout, f"layers.{i}", layout.layer.format(i=i))
     yield from norm_rules("norm", layout.final_norm, spec.final_norm, (D,))
     if not spec.head.is_tied:
-        yield same("lm_head.weight", f"{layout.head}.weight", (V, D))
+        # Whatever a family calls it, new versions of transformers may save it under its usual name.
+        usual = () if layout.head == "lm_head" else ("lm_head.weight",)
+        head = same("lm_head.weight", f"{layout.head}.weight", (V, size), *usual)
+        yield replace(head, is_normalised=spec.head.is_normalised)
     if spec.head.has_bias:
         yield same("lm_head_bias.bias", f"{layout.head}.bias", (V,))
 
@@ -135,13 +155,34 @@ def _attention_rules(
             ("q_norm", layout.head_norms[0], N),
             ("k_norm", layout.head_norms[1], attention.num_kv_heads),
         ):
-            shape = {"head": (H,), "heads": (heads, H), "all": (heads * H,)}
-            yield from norm_rules(
-                f"{path}.{kind}",
-                f"{name}.{theirs}",
-                attention.head_norm.norm,
-                shape[attention.head_norm.scope],
+            own = f"{path}.{kind}", f"{name}.{theirs}"
+            yield from _head_norm_rules(*own, attention, heads, layout.pairs_neighbours)
+
+
+def _head_norm_rules(
+    path: str, name: str, attention: AttentionSpec, num_heads: int, pairs_neighbours: bool
+) -> Iterator[Rule]:
+    """Rules of the norm of queries or keys; its weights turn with the dimensions they belong to."""
+    H, head_norm = attention.head_dim, attention.head_norm
+    assert head_norm is not None
+    shapes = {"head": (H,), "heads": (num_heads, H), "all": (num_heads * H,)}
+    shape = shapes[head_norm.scope]
+    rope = attention.rope if pairs_neighbours else None
+    assert rope is None or head_norm.scope != "all", "no family pairs neighbours so"
+    for rule in norm_rules(path, name, head_norm.norm, shape):
+        (whole,) = rule.sources
+        if "{h}" in name:
+            sources = (
+                replace(
+                    whole, name=whole.name.format(h=head), shape=(H,), box=(1, H), origin=(head,)
+                )
+                for head in range(num_heads)
             )
+            yield replace(rule, sources=tuple(sources))
+        elif rope is not None:
+            yield replace(rule, sources=tuple(_halves(whole, shape[:-1], H, rope.rotary_dim)))
+        else:
+            yield rule
 
 
 def qkv_rule(
@@ -155,6 +196,12 @@ def qkv_rule(
     names = [f"{name}.{tensor}.{kind}" for tensor in layout.qkv]
     if len(names) == 1 and layout.joined == "grouped":
         return Rule(path, shape, tuple(_heads(names[0], shape, shape, layout, attention, None, 0)))
+    if len(names) == 2:
+        assert not layout.pairs_neighbours, "no family joins keys and values and pairs neighbours"
+        q = Source(names[0], (K * G * H, *inner), (K, G, H, *inner))
+        return Rule(
+            path, shape, (q, Source(names[1], (K * 2 * H, *inner), (K, 2, H, *inner), (0, G)))
+        )
     sources: list[Source] = []
     first = 0
     for number, (position, heads) in enumerate(((0, G), (G, 1), (G + 1, 1))):
@@ -175,11 +222,7 @@ def _heads(
     rows: tuple[int, int] | None,
     position: int,
 ) -> Iterator[Source]:
-    """Sources of some heads of a fused parameter of ``shape``, from rows of one tensor.
-
-    Where the family pairs neighbours, the rotated dimensions of queries and keys come as all even
-    ones, then all odd ones.
-    """
+    """Sources of some heads of a fused parameter of ``shape``, from rows of one tensor."""
     K, heads, H, *inner = box
     num_rows = K * (shape[1] if rows is not None or box == shape else heads) * H
     stored = (num_rows, *inner)
@@ -196,26 +239,33 @@ def _heads(
         return
     rope = attention.rope
     is_value = position == shape[1] - 1
+    whole = Source(name, stored, box, (0, position), rows=rows)
     if not layout.pairs_neighbours or rope is None or is_value:
-        yield Source(name, stored, box, (0, position), rows=rows)
+        yield whole
         return
     assert box != shape, "a grouped tensor with paired neighbours has no family yet"
-    R = rope.rotary_dim
-    yield Source(
-        name,
-        stored,
-        (K, heads, R, *inner),
-        (0, position),
-        rows=rows,
-        view=(K * heads, H // 2, 2, *inner),
+    yield from _halves(whole, (K, heads), H, rope.rotary_dim)
+
+
+def _halves(whole: Source, heads: Shape, H: int, R: int) -> Iterator[Source]:
+    """Sources of heads [*heads, H, ...] whose family pairs neighbours in the rotary embedding.
+
+    Their rotated dimensions come as all even ones, then all odd ones: the halves that we pair.
+    """
+    inner = whole.box[len(heads) + 1 :]
+    yield replace(
+        whole,
+        box=(*heads, R, *inner),
+        view=(_size(heads), H // 2, 2, *inner),
         cut=(None, (0, R // 2)),
         axes=(0, 2, 1, *range(3, 3 + len(inner))),
     )
     if R < H:
-        tail = (K, heads, H - R, *inner)
-        yield Source(
-            name, stored, tail, (0, position, R), rows=rows, view=box, cut=(None, None, (R, H))
-        )
+        # The view's leading axes are those of the box, so that few rows are read of each.
+        origin = (*whole.origin, *(0,) * (len(heads) - len(whole.origin)), R)
+        box = (*heads, H - R, *inner)
+        cut = (*(None,) * len(heads), (R, H))
+        yield replace(whole, box=box, origin=origin, view=whole.box, cut=cut)
 
 
 def _feed_forward_rules(

@@ -9,7 +9,7 @@ Qwen3 normalises each head.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,10 @@ def llama_like_spec(
     windows: Sequence[int | None] | None = None,
     head_dim: int | None = None,
     rope_theta: float = 10000.0,
+    rotary_fraction: float = 1.0,
+    norm: NormSpec | None = None,
+    activation: str = "silu",
+    is_gated: bool = True,
     is_tied: bool = False,
     **differences: Any,
 ) -> ModelSpec:
@@ -55,6 +59,10 @@ def llama_like_spec(
         windows: Of each layer; None for none.
         head_dim: H where the config names none; None for hidden size / heads.
         rope_theta: The rotary embedding's base where the config names none.
+        rotary_fraction: Share of a head that is rotated where the config names none.
+        norm: Of the layers, the heads and the last one; None for the config's RMS norm.
+        activation: Where the config names none.
+        is_gated: Whether the feed-forward layers have a gate.
         is_tied: Whether input and output embeddings are one where the config does not say.
         differences: Other fields of ``ModelSpec``.
 
@@ -63,20 +71,21 @@ def llama_like_spec(
     """
     N, K = fields.head_counts(config)
     H = fields.head_dim(config, N, head_dim)
-    norm = NormSpec("rms", fields.number(config, "rms_norm_eps", default=1e-6, low=0.0))
+    norm = norm or NormSpec("rms", fields.number(config, "rms_norm_eps", default=1e-6, low=0.0))
     attention = AttentionSpec(
         num_heads=N,
         num_kv_heads=K,
         head_dim=H,
         scale=H**-0.5,
-        rope=read_rope(config, H, theta=rope_theta),
+        rope=read_rope(config, H, theta=rope_theta, fraction=rotary_fraction),
         head_norm=HeadNormSpec(norm) if normalises_heads else None,
         qkv_bias=qkv_bias,
         out_bias=out_bias,
     )
     feed_forward = FeedForwardSpec(
         fields.integer(config, "intermediate_size"),
-        fields.text(config, "hidden_act", default="silu"),
+        fields.text(config, "hidden_act", default=activation),
+        is_gated=is_gated,
         up_bias=mlp_bias,
         down_bias=mlp_bias,
     )
@@ -95,6 +104,23 @@ def llama_like_spec(
         "head": HeadSpec(is_tied=fields.flag(config, "tie_word_embeddings", default=is_tied)),
     }
     return ModelSpec(**{**spec, **differences})
+
+
+def each_layer(spec: ModelSpec, change: Callable[[int, LayerSpec], LayerSpec]) -> ModelSpec:
+    """The same model with each layer changed, by its number."""
+    return replace(spec, layers=tuple(change(i, layer) for i, layer in enumerate(spec.layers)))
+
+
+def each_attention(
+    spec: ModelSpec, change: Callable[[int, AttentionSpec], AttentionSpec]
+) -> ModelSpec:
+    """The same model with the attention of each layer changed, by its number."""
+
+    def changed(number: int, layer: LayerSpec) -> LayerSpec:
+        assert layer.attention is not None
+        return replace(layer, attention=change(number, layer.attention))
+
+    return each_layer(spec, changed)
 
 
 def with_window(attention: AttentionSpec, window: int | None) -> AttentionSpec:
@@ -158,8 +184,28 @@ def qwen3_spec(config: Config) -> ModelSpec:
 table = functools.partial(decoder_table, layout=LAYOUT)
 
 FAMILIES = (
-    Family(("LlamaForCausalLM", "LLaMAForCausalLM"), llama_spec, table),
-    Family(("MistralForCausalLM",), mistral_spec, table),
-    Family(("Qwen2ForCausalLM",), qwen2_spec, table),
-    Family(("Qwen3ForCausalLM",), qwen3_spec, table),
+    Family(
+        ("LlamaForCausalLM", "LLaMAForCausalLM"),
+        llama_spec,
+        table,
+        examples="Llama 1 to 3.3, SmolLM 1 and 2, Vicuna, Yi, DeepSeek LLM, SOLAR, TinyLlama",
+    ),
+    Family(
+        ("MistralForCausalLM",),
+        mistral_spec,
+        table,
+        examples="Mistral 7B, Nemo, Small, Large; Zephyr; e5-mistral",
+    ),
+    Family(
+        ("Qwen2ForCausalLM",),
+        qwen2_spec,
+        table,
+        examples="Qwen 1.5, 2 and 2.5; QwQ; DeepSeek-R1-Distill-Qwen",
+    ),
+    Family(
+        ("Qwen3ForCausalLM",),
+        qwen3_spec,
+        table,
+        examples="Qwen 3, dense",
+    ),
 )

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
 from jaxengine.convert.model_spec import AttentionSpec
+from jaxengine.layers.head_norms import normalise_over_heads, normalise_rotated_heads
 from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import Norm
 from jaxengine.layers.parameter import parameter
-from jaxengine.layers.whole_norm import normalise_over_heads
 from jaxengine.pallas_kernels.operands import Addends, AttentionOptions
 from jaxengine.pallas_kernels.operands import Norm as NormOperand
 from jaxengine.pallas_kernels.paged_attention import paged_attention
@@ -99,8 +99,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: CosSin | None, caches: KVPair
     ) -> tuple[Addends, KVPair]:
+        qkv, cos_sin = self._qkv(x, cos_sin)
         q, k_cache, v_cache = rope_kv_write(
-            self._qkv(x),
+            qkv,
             cos_sin,
             batch.slot_mapping,
             *caches,
@@ -130,26 +131,36 @@ class Attention(nnx.Module):
         )
         return self.o_proj.addends(attended), (k_cache, v_cache)
 
-    def _qkv(self, x: Float[Array, "T D"]) -> Addends:
-        """Queries, keys and values [S, T, K, G + 2, H]: with what no kernel does to them done."""
-        spec, addends = self.spec, self.qkv_proj.addends(x)
-        is_whole = spec.head_norm is not None and spec.head_norm.scope == "all"
-        if spec.qkv_clip is None and not is_whole:
-            return addends
+    def _qkv(self, x: Float[Array, "T D"], cos_sin: CosSin | None) -> tuple[Addends, CosSin | None]:
+        """Queries, keys and values [S, T, K, G + 2, H], and the rotation that is yet to be done.
+
+        What no kernel does to them is done.
+        """
+        clip, addends = self.spec.qkv_clip, self.qkv_proj.addends(x)
+        if clip is None and not self._has_norms_of_its_own:
+            return addends, cos_sin
         qkv = sum_addends(addends, x.dtype)
-        if spec.qkv_clip is not None:
-            qkv = jnp.clip(qkv, -spec.qkv_clip, spec.qkv_clip)
-        if is_whole:
+        if clip is not None:
+            qkv = jnp.clip(qkv, -clip, clip)
+        if self._has_norms_of_its_own:
+            assert self.spec.head_norm is not None
             assert self.q_norm is not None
             assert self.k_norm is not None
-            qkv = normalise_over_heads(qkv, self.q_norm.operand, self.k_norm.operand)
-        return Addends((qkv[None],), None)
+            norms = self.q_norm.operand, self.k_norm.operand
+            if self.spec.head_norm.scope == "all":
+                qkv = normalise_over_heads(qkv, *norms)
+            else:
+                qkv, cos_sin = normalise_rotated_heads(qkv, cos_sin, *norms), None
+        return Addends((qkv[None],), None), cos_sin
+
+    @property
+    def _has_norms_of_its_own(self) -> bool:
+        """Whether heads have norms that ``rope_kv_write`` does not do."""
+        head_norm = self.spec.head_norm
+        return head_norm is not None and (head_norm.scope == "all" or head_norm.follows_rope)
 
     def _head_norm(self, norm: Norm | None) -> NormOperand | None:
-        head_norm = self.spec.head_norm
-        if norm is None or head_norm is None or head_norm.scope == "all":
-            return None
-        return norm.operand
+        return None if norm is None or self._has_norms_of_its_own else norm.operand
 
     def _slopes(self, num_heads: int) -> Float[Array, " N"] | None:
         """This shard's slopes."""

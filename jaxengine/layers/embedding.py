@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxengine.convert.model_spec import EmbeddingSpec
+from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import Norm
 from jaxengine.layers.parameter import parameter
 from jaxengine.pallas_kernels.all_reduce import all_reduce
@@ -87,6 +88,7 @@ def embed(
     *,
     scale: float,
     tokens: VocabEmbedding,
+    projection: Linear | None,
     learned_positions: PositionEmbedding | None,
     norm: Norm | None,
 ) -> Float[Array, "T D"]:
@@ -98,12 +100,15 @@ def embed(
         peers: How the shards add up; None for XLA's way.
         scale: Factor on a token's embedding, rounded to its type first, as Gemma's is.
         tokens: The token embedding.
+        projection: Of a token's embedding to the width of the stream; None for none.
         learned_positions: Added to it; None for none.
         norm: Of the sum; None for none.
     """
     x = tokens(token_ids, peers)
     if scale != 1:
         x = x * jnp.asarray(scale, x.dtype)
+    if projection is not None:
+        x = projection(x)
     if learned_positions is not None:
         x = x + learned_positions(positions)
     return x if norm is None else norm(x)

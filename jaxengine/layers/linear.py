@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxengine.layers.parameter import parameter
 from jaxengine.pallas_kernels.operands import Addends
+from jaxengine.pallas_kernels.residual_norm import sum_addends
 from jaxengine.pallas_kernels.split_product import split_product
 from jaxengine.pallas_kernels.target import Target
 
@@ -70,6 +71,10 @@ class Linear(nnx.Module):
             parts = split_product(rows, self.matrix, target=self.target)
         parts = parts.reshape(*parts.shape[:2], *self._out_shape)
         return Addends((parts,), None if self.bias is None else self.bias[...])
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """Multiply rows; for a weight that every shard has whole."""
+        return sum_addends(self.addends(x), x.dtype)
 
     @property
     def matrix(self) -> Array:

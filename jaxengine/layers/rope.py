@@ -115,3 +115,15 @@ def rope_cos_sin(
     """Cosine and sine of every position's angles, float32 [T, rotary_dim / 2]."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(
+    x: Float[Array, "T *heads H"], cos_sin: tuple[Float[Array, "T R"], Float[Array, "T R"]]
+) -> Float[Array, "T *heads H"]:
+    """Turn the first 2R dimensions of each head, j together with j + R, in float32."""
+    half = cos_sin[0].shape[-1]
+    cos, sin = (a.reshape(a.shape[0], *(1,) * (x.ndim - 2), half) for a in cos_sin)
+    x32 = x.astype(jnp.float32)
+    first, second = x32[..., :half], x32[..., half : 2 * half]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxengine.batch import CachePlace, InputBatch
 from jaxengine.convert.model_spec import NormSpec, RopeSpec
 from jaxengine.layers.attention import CosSin, KVPair
 from jaxengine.layers.embedding import PositionEmbedding, VocabBias, VocabEmbedding, embed
+from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import Norm
 from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
 from jaxengine.model_config import ModelConfig
@@ -58,6 +60,17 @@ class Decoder(nnx.Module):
         has_embedding = is_first or (is_last and spec.head.is_tied)
         self.embed_tokens = new_embedding() if has_embedding else None
         self.embed_norm = norm(spec.embedding.norm) if is_first else None
+        size, D = spec.embedding.size, spec.hidden_size
+        projection = functools.partial(
+            Linear,
+            spec=P(None, None),
+            dtype=dtype,
+            target=options.target,
+            input_major=options.input_major,
+        )
+        has_projections = size is not None
+        self.project_in = projection((D,), (size,)) if has_projections and is_first else None
+        self.project_out = projection((size,), (D,)) if has_projections and is_last else None
         has_positions = is_first and spec.embedding.num_positions > 0
         self.embed_positions = (
             PositionEmbedding(spec.embedding, spec.hidden_size, dtype=dtype)
@@ -134,6 +147,7 @@ class Decoder(nnx.Module):
             batch.peers,
             scale=self.spec.embedding.scale,
             tokens=self.embed_tokens,
+            projection=self.project_in,
             learned_positions=self.embed_positions,
             norm=self.embed_norm,
         )
@@ -153,7 +167,10 @@ class Decoder(nnx.Module):
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has logits"
-        logits = head.logits(hidden if self.norm is None else self.norm(hidden))
+        x = hidden if self.norm is None else self.norm(hidden)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        logits = head.logits(x)
         if self.lm_head_bias is not None:
             logits = logits + self.lm_head_bias.bias[...]
         if self.spec.head.scale != 1:

@@ -38,7 +38,7 @@ class ModelRegistry:
         if not isinstance(family, Family):
             raise ValueError(
                 f"register_model was given {family!r}: pass a jaxengine.convert.Family (see "
-                "docs/models.md)"
+                "docs/adding-a-model.md)"
             )
         register_family(family)
         for architecture in family.architectures:
