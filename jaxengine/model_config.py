@@ -42,8 +42,8 @@ class ModelConfig:
         quantisation_of(hf)
         return cls(
             spec=model_spec(hf),
-            dtype=resolve_dtype(dtype, hf.get("dtype") or hf.get("torch_dtype")),
-            eos_token_ids=_as_ids(hf.get("eos_token_id")),
+            dtype=resolve_dtype(dtype, _found(hf, "dtype") or _found(hf, "torch_dtype")),
+            eos_token_ids=_as_ids(_found(hf, "eos_token_id")),
             hf_config=dict(hf),
         )
 
@@ -117,6 +117,13 @@ class ModelConfig:
     @property
     def _attentions(self) -> list[AttentionSpec]:
         return [layer.attention for layer in self.spec.layers if layer.attention is not None]
+
+
+def _found(hf: Mapping[str, Any], name: str) -> Any:
+    """A field of the config, or of the language model's where it is one of several."""
+    value = hf.get(name)
+    text = hf.get("text_config")
+    return text.get(name) if value is None and isinstance(text, Mapping) else value
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

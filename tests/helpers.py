@@ -45,7 +45,14 @@ TINY = {
 }
 
 
-_MODEL_CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+TRANSFORMERS_NAMES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+
+
+def model_class_of(family: str) -> Any:
+    """The class with a head of a family ("Llama", "GPT2", ...) in transformers."""
+    import transformers
+
+    return getattr(transformers, TRANSFORMERS_NAMES.get(family, f"{family}ForCausalLM"))
 
 
 def save_tiny_model(directory: Path, family: str, seed: int = 0, **overrides: Any) -> Any:
@@ -58,10 +65,11 @@ def save_tiny_model(directory: Path, family: str, seed: int = 0, **overrides: An
 
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**{**TINY, **overrides})
-    name = _MODEL_CLASSES.get(family, f"{family}ForCausalLM")
+    model_class = model_class_of(family)
     # Eager attention is the one with soft caps; with ALiBi it adds Falcon's biases twice.
-    attention = "eager" if "softcapping" in str(config.to_dict()) else "sdpa"
-    model = getattr(transformers, name)._from_config(config, attn_implementation=attention)
+    is_eager = "softcapping" in str(config.to_dict()) or not model_class._supports_sdpa
+    attention = "eager" if is_eager else "sdpa"
+    model = model_class._from_config(config, attn_implementation=attention)
     model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -82,15 +90,29 @@ def hf_logits(model: Any, token_ids: list[int]) -> np.ndarray:
         return model(torch.tensor([token_ids])).logits[0].numpy()
 
 
+# For programs that run once: they are compiled in half the time.
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 def our_logits(
-    source: Path, token_ids: list[int], *, max_model_len: int = 256, num_shards: int = 1
+    source: Path,
+    token_ids: list[int],
+    *,
+    max_model_len: int = 256,
+    num_shards: int = 1,
+    attention_backend: str | None = None,
 ) -> np.ndarray:
     """Logits [T, V] of our model, as one prefill of a single row."""
     checkpoint = open_model(source)
     config = ModelConfig.from_hf(checkpoint.hf_config, "float32")
     mesh = make_mesh(jax.devices()[:num_shards])
     target = Target.of(mesh.devices.flat[0])
-    options = ModelOptions(max_model_len=max_model_len, target=target, num_shards=num_shards)
+    options = ModelOptions(
+        max_model_len=max_model_len,
+        target=target,
+        num_shards=num_shards,
+        attention_backend=attention_backend,
+    )
     factory = ModelRegistry.resolve(config.architecture)
     definition, specs = param_specs(lambda: factory(config, options))
     params = load_params(checkpoint, specs, mesh, show_progress=False)
@@ -111,7 +133,8 @@ def our_logits(
         out_specs=LOGITS_SPEC,
         check_vma=False,
     )
-    return np.asarray(jax.jit(sharded)(params, caches, _prefill_batch(token_ids, num_blocks)))
+    run = jax.jit(sharded, compiler_options=UNOPTIMISED)
+    return np.asarray(run(params, caches, _prefill_batch(token_ids, num_blocks)))
 
 
 def _prefill_batch(token_ids: list[int], num_blocks: int) -> InputBatch:
@@ -221,12 +244,19 @@ def with_scheduler(llm: LLM, *, num_blocks: int = 65, max_in_flight: int = 2, **
     return other
 
 
-def run_on_virtual_devices(module: str, *args: Path | str) -> Any:
+def run_on_virtual_devices(module: str, *args: Path | str, unoptimised: bool = False) -> Any:
     """Run a program on 8 virtual CPU devices; return the JSON that it prints last.
 
     The number of devices is fixed when jax starts, so it is a process of its own.
+
+    Args:
+        module: The program.
+        args: Its arguments.
+        unoptimised: Compile in half the time what then runs slower.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    if unoptimised:
+        flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     done = subprocess.run(
         [sys.executable, "-m", module, *args],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

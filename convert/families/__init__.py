@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from jaxengine.convert.families import deci, falcon, gemma, gpt2, llama, phi
+import difflib
+
+from jaxengine.convert.families import (
+    baichuan,
+    bloom,
+    chatglm,
+    cohere,
+    deci,
+    exaone,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_bigcode,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    hunyuan,
+    internlm,
+    llama,
+    llama_variants,
+    mpt,
+    multimodal,
+    nemotron,
+    olmo,
+    opt,
+    persimmon,
+    phi,
+    phi3,
+    qwen,
+    stablelm,
+    starcoder2,
+    telechat,
+)
 from jaxengine.convert.families.family import Family
 from jaxengine.convert.families.fields import Config
 from jaxengine.convert.model_spec import ModelSpec
 
-_MODULES = (llama, gpt2, phi, gemma, falcon, deci)
+_MODULES = (
+    *(llama, llama_variants, gemma, phi, phi3, olmo, cohere, glm, chatglm, internlm, exaone),
+    *(stablelm, starcoder2, nemotron, hunyuan, persimmon, baichuan, qwen, telechat, deci, falcon),
+    *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, bloom, mpt, multimodal),
+)
 _families: dict[str, Family] = {
     architecture: family
     for module in _MODULES
@@ -25,6 +62,11 @@ def register_family(family: Family) -> None:
     """Make checkpoints of a family readable. A later call for the same architecture wins."""
     for architecture in family.architectures:
         _families[architecture] = family
+
+
+def built_in_families() -> list[Family]:
+    """The families that come with the engine, in the order of the documents."""
+    return [family for module in _MODULES for family in module.FAMILIES]
 
 
 def supported_architectures() -> list[str]:
@@ -50,8 +92,8 @@ def architecture_of(config: Config) -> str:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list | tuple) or not architectures:
         raise ValueError(
-            "config.json names no architecture: add an 'architectures' list to it, with one of "
-            f"{', '.join(supported_architectures())}"
+            "config.json names no architecture: add an 'architectures' list to it, such as "
+            "['LlamaForCausalLM'] (docs/supported-models.md lists the names)"
         )
     for architecture in architectures:
         if isinstance(architecture, str) and architecture in _families:
@@ -70,15 +112,17 @@ def model_spec(config: Config) -> ModelSpec:
 
 
 def _unsupported(architecture: str, has_remote_code: bool) -> str:
-    supported = ", ".join(supported_architectures())
-    reason = (
-        f"config.json: the architecture {architecture} is not supported; supported: {supported}"
-    )
+    nearest = difflib.get_close_matches(architecture, _families, n=4, cutoff=0.6)
+    reason = f"config.json: the architecture {architecture} is not supported"
     if any(word in architecture for word in OUT_OF_SCOPE):
         reason = (
             f"{architecture} is a multimodal, speech or text-to-speech architecture: these are "
-            f"out of scope, only text models are served. Supported: {supported}"
+            "out of scope, only text models are served"
         )
+    reason += f"; the nearest of those that are: {', '.join(nearest)}" if nearest else ""
     if has_remote_code:
         reason += ". The model brings its own code (auto_map), which is never run"
-    return f"{reason}. Others can be added with jaxengine.ModelRegistry.register_model"
+    return (
+        f"{reason}. docs/supported-models.md lists them all; others are added with "
+        "jaxengine.ModelRegistry.register_model (docs/adding-a-model.md)"
+    )

@@ -87,5 +87,10 @@ def _width(config: Config, feed_forward: Config) -> int:
 
 
 FAMILIES = (
-    Family(("DeciLMForCausalLM",), spec, functools.partial(decoder_table, layout=llama.LAYOUT)),
+    Family(
+        ("DeciLMForCausalLM",),
+        spec,
+        functools.partial(decoder_table, layout=llama.LAYOUT),
+        examples="DeciLM 6B and 7B, Nemotron 49B, 51B and 253B",
+    ),
 )

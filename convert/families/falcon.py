@@ -114,4 +114,11 @@ def table(spec: ModelSpec) -> Table:
     return decoder_table(spec, LAYOUT)
 
 
-FAMILIES = (Family(("FalconForCausalLM", "RWForCausalLM"), spec, table),)
+FAMILIES = (
+    Family(
+        ("FalconForCausalLM", "RWForCausalLM"),
+        spec,
+        table,
+        examples="Falcon 7B, 40B, 180B, RW, Falcon 2",
+    ),
+)

@@ -19,8 +19,10 @@ class Family:
         spec: Makes the spec of a config.json, overrides applied. Raises ValueError, naming field
             and value, where the config makes no sense.
         table: Says where a checkpoint of such a spec keeps what.
+        examples: Published models of it, for the documents.
     """
 
     architectures: tuple[str, ...]
     spec: Callable[[Config], ModelSpec]
     table: Callable[[ModelSpec], Table]
+    examples: str = ""

@@ -165,11 +165,22 @@ def _optional(config: Config, name: str, default: float | None) -> float | None:
 
 
 FAMILIES = (
-    Family(("GemmaForCausalLM",), gemma_spec, functools.partial(decoder_table, layout=Layout())),
-    Family(("Gemma2ForCausalLM",), gemma2_spec, functools.partial(decoder_table, layout=SANDWICH)),
+    Family(
+        ("GemmaForCausalLM",),
+        gemma_spec,
+        functools.partial(decoder_table, layout=Layout()),
+        examples="Gemma 1, CodeGemma",
+    ),
+    Family(
+        ("Gemma2ForCausalLM",),
+        gemma2_spec,
+        functools.partial(decoder_table, layout=SANDWICH),
+        examples="Gemma 2",
+    ),
     Family(
         ("Gemma3ForCausalLM", "Gemma3TextModel"),
         gemma3_spec,
         functools.partial(decoder_table, layout=SANDWICH),
+        examples="Gemma 3 270M and 1B",
     ),
 )

@@ -79,4 +79,11 @@ def spec(config: Config) -> ModelSpec:
     )
 
 
-FAMILIES = (Family(("GPT2LMHeadModel",), spec, functools.partial(decoder_table, layout=LAYOUT)),)
+FAMILIES = (
+    Family(
+        ("GPT2LMHeadModel",),
+        spec,
+        functools.partial(decoder_table, layout=LAYOUT),
+        examples="GPT-2, DistilGPT-2, Cerebras-GPT",
+    ),
+)

@@ -68,4 +68,11 @@ def spec(config: Config) -> ModelSpec:
     )
 
 
-FAMILIES = (Family(("PhiForCausalLM",), spec, functools.partial(decoder_table, layout=LAYOUT)),)
+FAMILIES = (
+    Family(
+        ("PhiForCausalLM",),
+        spec,
+        functools.partial(decoder_table, layout=LAYOUT),
+        examples="Phi 1, 1.5 and 2",
+    ),
+)

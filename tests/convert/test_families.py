@@ -19,6 +19,13 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+# What other families call the same.
+OTHER_NAMES = {
+    **{"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 64},
+    **{"d_model": 64, "n_heads": 8, "n_layers": 2, "num_layers": 4, "num_heads": 8},
+    **{"ffn_dim": 96, "ffn_hidden_size": 96, "kv_channels": 8, "padded_vocab_size": 256},
+    **{"seq_length": 64, "model_type": "llama"},
+}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
@@ -252,10 +259,10 @@ def test_a_field_that_makes_no_sense_is_named_with_its_value(
         model_spec({**LLAMA, **fields})
 
 
+@pytest.mark.filterwarnings("ignore:.*images are refused")
 @pytest.mark.parametrize("architecture", supported_architectures())
 def test_a_table_fills_every_parameter_once(architecture: str) -> None:
-    config = {**LLAMA, "architectures": [architecture], "n_embd": 64, "n_head": 8, "n_layer": 2}
-    config |= {"n_positions": 64}
+    config = {**LLAMA, **OTHER_NAMES, "architectures": [architecture]}
     rules = family_of(config).table(model_spec(config)).rules
     assert len({rule.path for rule in rules}) == len(rules)
     for rule in rules:

@@ -18,6 +18,8 @@ from tests.convert.tiny import (
     save_model,
     state,
 )
+from tests.models import numpy_cases
+from tests.models.numpy_models import save_numpy_model
 
 
 def load_all(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, np.ndarray]:
@@ -208,14 +210,26 @@ def unsupported(directory: Path, **config: Any) -> str:
     return str(raised.value)
 
 
-def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
-    text = unsupported(tmp_path, architectures=["NobodysForCausalLM"])
-    assert "NobodysForCausalLM is not supported" in text
-    assert "LlamaForCausalLM, MistralForCausalLM, PhiForCausalLM, Qwen2ForCausalLM" in text
+def test_an_unsupported_architecture_is_named_with_the_nearest_and_the_way_to_add_it(
+    tmp_path: Path,
+) -> None:
+    text = unsupported(tmp_path, architectures=["Gemma4ForCausalLM"])
+    assert text.startswith(
+        "config.json: the architecture Gemma4ForCausalLM is not supported; the nearest of those that are: "
+        "GemmaForCausalLM, "
+    )
+    assert "ModelRegistry.register_model (docs/adding-a-model.md)" in text
+
+
+def test_an_architecture_like_no_other_is_named_without_nearest_ones(tmp_path: Path) -> None:
+    text = unsupported(tmp_path, architectures=["Zzz"])
+    assert text.startswith(
+        "config.json: the architecture Zzz is not supported. docs/supported-models.md lists"
+    )
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen2VLForConditionalGeneration", "WhisperForAudio", "BarkModel"]
+    "architecture", ["PaliGemmaForConditionalGeneration", "WhisperForAudio", "BarkModel"]
 )
 def test_multimodal_and_speech_models_are_said_to_be_out_of_scope(
     tmp_path: Path, architecture: str
@@ -244,3 +258,15 @@ def test_another_package_can_register_a_family(tmp_path: Path) -> None:
     family = Family(("TheirModelForTests",), lambda config: None, lambda spec: table)
     register_family(family)
     assert_same_tree(load_all(open_checkpoint(tmp_path)), {"t": np.ones((3, 2))})
+
+
+def test_a_normalised_parameter_has_rows_of_length_one_in_any_part_of_it(tmp_path: Path) -> None:
+    # Baichuan 2's output projection.
+    config = numpy_cases.TINY["baichuan2 7b"][1]
+    tensors = save_numpy_model(tmp_path, "BaichuanForCausalLM", config)
+    head = {p.path: p for p in parameters(open_checkpoint(tmp_path))}["lm_head.weight"]
+    stored = tensors["lm_head.weight"]
+    expected = stored / np.linalg.norm(stored, axis=1, keepdims=True)
+    np.testing.assert_allclose(head.load(), expected, rtol=1e-6)
+    part = head.load((slice(5, 9), slice(3, 20)))
+    np.testing.assert_allclose(part, expected[5:9, 3:20], rtol=1e-6)

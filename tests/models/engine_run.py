@@ -1,0 +1,43 @@
+"""Runs models on virtual CPU devices, whole and in parts, and prints their tokens as JSON.
+
+A program of its own, because the number of devices is fixed when jax starts:
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.models.engine_run DIRECTORY ...
+"""
+
+import json
+import sys
+from typing import Any
+
+from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts
+
+PROMPTS = random_prompts(14, 15, 40)  # the last one comes in chunks of 16
+NUM_TOKENS = 20
+MESHES = {"one device": (1, 1), "two shards of two stages": (2, 2)}
+# The first two need 3 blocks each to their end, there are 4.
+LIMITS = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
+
+
+def run(directory: str) -> dict[str, Any]:
+    """Tokens of the prompts by mesh, and how often a request was preempted."""
+    results = {}
+    for name, (tensor_size, pipeline_size) in MESHES.items():
+        llm = make_llm(
+            directory,
+            tensor_parallel_size=tensor_size,
+            pipeline_parallel_size=pipeline_size,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            **LIMITS,
+        )
+        outputs = llm.generate(PROMPTS, greedy(NUM_TOKENS), use_tqdm=False)
+        assert_idle(llm)
+        results[name] = {
+            "tokens": output_ids(outputs),
+            "num_preemptions": llm.get_metrics().num_preemptions,
+        }
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps({directory: run(directory) for directory in sys.argv[1:]}))
