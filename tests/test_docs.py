@@ -9,6 +9,7 @@ from jaxengine.convert import families
 
 from jaxengine import ModelRegistry
 from tests.helpers import hf_logits, our_logits, save_tiny_model
+from tests.models import supported_models
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -29,11 +30,16 @@ def test_the_model_added_in_the_document_equals_transformers(
 ) -> None:
     monkeypatch.setattr(ModelRegistry, "_models", dict(ModelRegistry._models))
     monkeypatch.setattr(families, "_families", dict(families._families))
-    (code,) = code_blocks("docs/models.md", "python")
-    exec(compile(code, "docs/models.md", "exec"), {"__name__": "outside_package"})
-    model = save_tiny_model(tmp_path, "StableLm", partial_rotary_factor=0.25)
+    (code,) = code_blocks("docs/adding-a-model.md", "python")
+    exec(compile(code, "docs/adding-a-model.md", "exec"), {"__name__": "outside_package"})
+    model = save_tiny_model(tmp_path, "Jais2")
     tokens = [int(token) for token in np.random.default_rng(0).integers(3, 128, 40)]
     np.testing.assert_allclose(our_logits(tmp_path, tokens), hf_logits(model, tokens), atol=1e-4)
+
+
+def test_the_supported_models_are_those_of_the_registry_and_the_tests() -> None:
+    # python -m tests.models.supported_models > docs/supported-models.md
+    assert read("docs/supported-models.md") == supported_models.document()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -215,8 +215,8 @@ def test_an_unsupported_architecture_is_named_with_the_nearest_and_the_way_to_ad
 ) -> None:
     text = unsupported(tmp_path, architectures=["Gemma4ForCausalLM"])
     assert text.startswith(
-        "config.json: the architecture Gemma4ForCausalLM is not supported; the nearest of those that are: "
-        "GemmaForCausalLM, "
+        "config.json: the architecture Gemma4ForCausalLM is not supported; the nearest of those "
+        "that are: GemmaForCausalLM, "
     )
     assert "ModelRegistry.register_model (docs/adding-a-model.md)" in text
 
