@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxengine.checkout import find_packages_beside
 
 if TYPE_CHECKING:
+    from jaxengine.async_llm import AsyncEngineArgs, AsyncLLM, AsyncLLMEngine
     from jaxengine.beam_search import BeamSearchParams
     from jaxengine.config import EngineConfig
     from jaxengine.llm import LLM
@@ -31,6 +32,9 @@ _HOMES = {
     "TextPrompt": "text.prompts",
     "TokensPrompt": "text.prompts",
     "FlatLogprobs": "outputs",
+    "AsyncLLM": "async_llm",
+    "AsyncLLMEngine": "async_llm",
+    "AsyncEngineArgs": "async_llm",
     "EngineConfig": "config",
     "ModelRegistry": "models.registry",
     "SamplingParams": "sampling_params",
@@ -43,6 +47,9 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

@@ -3,8 +3,6 @@
 import collections
 import functools
 import os
-import sys
-import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,47 +20,37 @@ from jaxengine.compat.engine_args import resolve_engine_args
 from jaxengine.compat.model_config import ServedModelConfig
 from jaxengine.compile_watch import CompileWatch
 from jaxengine.config import EngineConfig
-from jaxengine.distributed.launch import start_leader
-from jaxengine.engine.build import check_hf_config, load_weights
-from jaxengine.engine.engine import Engine
+from jaxengine.engine.build import load_weights
 from jaxengine.engine.garbage_collection import (
     exempt_from_garbage_collection,
 )
-from jaxengine.engine.replicas import ReplicaGroup, build_replicas, startup_text
 from jaxengine.engine.scheduling.scheduler_output import SchedulerStats
 from jaxengine.engine.sleep import SleepingStages
 from jaxengine.llm_arguments import (
     Params,
-    as_params,
     as_priorities,
-    check_logprobs,
     check_token_ids,
     either,
     refuse_foreign,
 )
 from jaxengine.llm_engine import EngineArgs, LLMEngine
+from jaxengine.loaded_engine import load_engine
 from jaxengine.metrics import Metric, metrics_of
-from jaxengine.model_files import read_sampling_defaults, read_tokenizer
 from jaxengine.outputs import RequestOutput
-from jaxengine.process import prepare_process
 from jaxengine.request_loop import Inbox, NewRequest, RequestLoop
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.structured.constraint_factory import ConstraintFactory
-from jaxengine.structured.reasoning import markers_of
-from jaxengine.text.messages import load_chat_template, split_conversations
-from jaxengine.text.output_processor import OutputProcessor
+from jaxengine.text.frontend import Frontend
+from jaxengine.text.messages import split_conversations
 from jaxengine.text.progress import MakeBar, Progress
 from jaxengine.text.prompts import (
     EncodedPrompt,
     Prompt,
-    TokenizationOptions,
     as_list,
-    checked,
-    parse_prompt,
 )
-from jaxengine.text.tokenizer import ChatOptions, Message, Tokenizer
-from jaxengine.weights import merge_params, open_model
+from jaxengine.text.tokenizer import ChatOptions, Message
+from jaxengine.weights import merge_params
 
 
 class LLM:
@@ -88,46 +76,24 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         **engine_args: Any,
     ) -> None:
-        started = time.perf_counter()
         arguments = resolve_engine_args({"tokenizer": tokenizer, **engine_args})
         config = EngineConfig(model=os.fspath(model), **arguments)
-        self._chat_template = load_chat_template(config.chat_template)
-        markers_of(config.reasoning_parser)  # refused before anything is loaded
-        prepare_process(config)
-        checkpoint = open_model(
-            config.model, config.load_format, config.revision, config.hf_overrides
-        )
-        check_hf_config(checkpoint.hf_config)
-        self._sampling_defaults = read_sampling_defaults(config, checkpoint)
-        leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)
-        self._tokenizer: Tokenizer | None = None
-        eos_token_ids = frozenset(checkpoint.eos_token_ids)
-        if not config.skip_tokenizer_init:
-            self._tokenizer = read_tokenizer(config, checkpoint)
-            eos_token_ids |= self._tokenizer.eos_token_ids
-        if leader is None:
-            self.engine, startups = build_replicas(config, checkpoint, eos_token_ids)
-        else:
-            with leader.closed_on_failure():
-                self.engine, startups = build_replicas(
-                    config, checkpoint, eos_token_ids, leader.hooks
-                )
-                leader.wait_until_ready()
-        self.startup = startups[0]
+        loaded = load_engine(config)
+        self.engine = loaded.engine
+        self.startup = loaded.startups[0]
         self.engine_config = config
-        self._checkpoint = checkpoint
+        self._loaded = loaded
+        self._frontend = Frontend(loaded.tokenizer, loaded.info, loaded.chat_template)
         self._sleeping: SleepingStages | None = None
         self._constraints: ConstraintFactory | None = None  # until a request needs one
-        self._requests = RequestLoop(self.engine, OutputProcessor(self._tokenizer))
+        self._requests = RequestLoop(self.engine, self._frontend.processor)
         self._news: Inbox = collections.deque()  # for ``step``
         self._enqueued: list[str] = []  # for ``wait_for_completion``
         self._enqueued_inbox: Inbox = collections.deque()
-        if leader is not None:
-            leader.unfinished_requests = lambda: self._requests.processor.unfinished_request_ids
+        if loaded.leader is not None:
+            processor = self._frontend.processor
+            loaded.leader.unfinished_requests = lambda: processor.unfinished_request_ids
         exempt_from_garbage_collection(owner=self)
-        if not config.disable_log_stats:
-            seconds = time.perf_counter() - started
-            print(f"{startup_text(startups)}\n  ready after {seconds:.1f} s", file=sys.stderr)
 
     def get_tokenizer(self) -> Any:
         """Return the Hugging Face tokenizer.
@@ -135,7 +101,7 @@ class LLM:
         Raises:
             ValueError: If the model was loaded with ``skip_tokenizer_init``.
         """
-        return self._require_tokenizer().hf_tokenizer
+        return self._frontend.require_tokenizer().hf_tokenizer
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLM":
@@ -151,7 +117,7 @@ class LLM:
     def model_config(self) -> ServedModelConfig:
         """The model, as clients of vLLM read it."""
         model = self.engine.model_config
-        return ServedModelConfig.of(self.engine_config, model, self._max_model_len)
+        return ServedModelConfig.of(self.engine_config, model, self._frontend.info.max_model_len)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return how many devices the engine uses, of all replicas or of one."""
@@ -161,7 +127,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the model's own defaults, from its generation_config.json."""
-        return SamplingParams(**self._sampling_defaults)
+        return self._frontend.default_params()
 
     def generate(
         self,
@@ -198,8 +164,8 @@ class LLM:
         """
         refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         prompts = either(prompts, prompt_token_ids)
-        inputs = self._encode(as_list(prompts), tokenization_kwargs)
-        params = self._params_for(len(inputs), sampling_params)
+        inputs = self._frontend.encode(as_list(prompts), tokenization_kwargs)
+        params = self._frontend.params_for(len(inputs), sampling_params)
         return self._generate(inputs, params, priority, use_tqdm)
 
     def enqueue(
@@ -219,8 +185,8 @@ class LLM:
         """
         del use_tqdm  # nothing here takes long
         refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        inputs = self._encode(as_list(prompts), tokenization_kwargs)
-        params = self._params_for(len(inputs), sampling_params)
+        inputs = self._frontend.encode(as_list(prompts), tokenization_kwargs)
+        params = self._frontend.params_for(len(inputs), sampling_params)
         final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
         requests = self._new_requests(inputs, final, priority)
         with self._requests.lock:
@@ -265,7 +231,7 @@ class LLM:
             ValueError: If a prompt or a parameter is not possible.
         """
         refuse_foreign(lora_request=lora_request)
-        inputs = self._encode(as_list(prompts))
+        inputs = self._frontend.encode(as_list(prompts))
         priorities = as_priorities(priority, len(inputs))
         if len(set(priorities)) > 1:
             raise ValueError("the prompts of a beam search have one priority: give one number")
@@ -287,7 +253,7 @@ class LLM:
                     params,
                     next_tokens=next_tokens,
                     eos_token_ids=self.engine.eos_token_ids,
-                    max_model_len=self._max_model_len,
+                    max_model_len=self._frontend.info.max_model_len,
                 )
                 outputs += [self._with_texts(sequences, params) for sequences in found]
                 progress.advance(len(found))
@@ -332,9 +298,8 @@ class LLM:
             ValueError: As ``generate``; also if the template refuses a conversation.
         """
         refuse_foreign(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        tokenizer = self._require_tokenizer()
         arguments = {
-            "chat_template": chat_template or self._chat_template,
+            "chat_template": chat_template or self._frontend.chat_template,
             "content_format": chat_template_content_format,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -342,11 +307,13 @@ class LLM:
         }
         options = ChatOptions.merged(arguments, chat_template_kwargs)
         texts = [
-            tokenizer.render(conversation, options)
+            self._frontend.render(conversation, options)
             for conversation in split_conversations(messages)
         ]
-        inputs = self._encode(texts, {"add_special_tokens": False, **(tokenization_kwargs or {})})
-        params = self._params_for(len(inputs), sampling_params)
+        inputs = self._frontend.encode(
+            texts, {"add_special_tokens": False, **(tokenization_kwargs or {})}
+        )
+        params = self._frontend.params_for(len(inputs), sampling_params)
         return self._generate(inputs, params, priority, use_tqdm)
 
     def stream(
@@ -356,8 +323,8 @@ class LLM:
 
         Closing the iterator early aborts the request.
         """
-        (params,) = self._params_for(1, sampling_params)
-        requests = self._new_requests(self._encode([prompt]), [params])
+        (params,) = self._frontend.params_for(1, sampling_params)
+        requests = self._new_requests(self._frontend.encode([prompt]), [params])
         yield from self._requests.outputs_of(*self._requests.add(requests))
 
     def add_request(
@@ -392,12 +359,12 @@ class LLM:
             raise ValueError("a request needs either a prompt or messages, and not both")
         refuse_foreign(lora_request=lora_request)
         if messages is not None:
-            options = ChatOptions(chat_template=self._chat_template)
-            prompt = self._require_tokenizer().render(messages, options)
+            options = ChatOptions(chat_template=self._frontend.chat_template)
+            prompt = self._frontend.render(messages, options)
             tokenization_kwargs = {"add_special_tokens": False, **(tokenization_kwargs or {})}
         assert prompt is not None
-        (params,) = self._params_for(1, sampling_params)
-        inputs = self._encode([prompt], tokenization_kwargs)
+        (params,) = self._frontend.params_for(1, sampling_params)
+        inputs = self._frontend.encode([prompt], tokenization_kwargs)
         requests = self._new_requests(inputs, [params], priority)
         names = None if request_id is None else [request_id]
         (request_id,), _ = self._requests.add(requests, self._news, names)
@@ -465,7 +432,7 @@ class LLM:
             self._requests.run_empty()
             self.engine.reset_prefix_cache()
             if level and self._sleeping is None:
-                stages = [stage for each in self._replicas for stage in each.runner.stages]
+                stages = [stage for each in self._loaded.replicas for stage in each.runner.stages]
                 self._sleeping = SleepingStages(stages, keeps_weights=level == 1)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> bool:
@@ -477,7 +444,7 @@ class LLM:
         del tags
         with self._requests.lock:
             if self._sleeping is not None:
-                load = functools.partial(load_weights, self.engine_config, self._checkpoint)
+                load = functools.partial(load_weights, self.engine_config, self._loaded.checkpoint)
                 self._sleeping.wake_up(load)
                 self._sleeping = None
         return True
@@ -505,7 +472,7 @@ class LLM:
         """
         del timeout
         with self._requests.lock:
-            runners = [replica.runner for replica in self._replicas]
+            runners = [replica.runner for replica in self._loaded.replicas]
             if callable(method):
                 return [method(runner, *args, **(kwargs or {})) for runner in runners]
             if not callable(getattr(runners[0], method, None)):
@@ -518,49 +485,15 @@ class LLM:
         What it changes in the module is lost: the engine's weights stay as they are.
         """
         with self._requests.lock:
-            stages = [stage for each in self._replicas for stage in each.runner.stages]
+            stages = [stage for each in self._loaded.replicas for stage in each.runner.stages]
             return [func(merge_params(stage.parts.definition, stage.params)) for stage in stages]
-
-    @property
-    def _replicas(self) -> tuple[Engine, ...]:
-        return self.engine.replicas if isinstance(self.engine, ReplicaGroup) else (self.engine,)
-
-    @property
-    def _max_model_len(self) -> int:
-        return self._replicas[0].scheduler.max_model_len
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise ValueError(
-                "this model was loaded with skip_tokenizer_init=True: give token ids, or load it "
-                "without that flag"
-            )
-        return self._tokenizer
-
-    def _encode(
-        self, prompts: Sequence[Prompt], tokenization_kwargs: Mapping[str, Any] | None = None
-    ) -> list[EncodedPrompt]:
-        """Bring every prompt into one form: text or None, token ids, cache salt."""
-        options = TokenizationOptions.of(tokenization_kwargs)
-        parsed = [parse_prompt(prompt) for prompt in prompts]
-        texts = [each.text for each in parsed if each.token_ids is None and each.text is not None]
-        encoded: Iterator[Sequence[int]] = iter(())
-        if texts:
-            tokenizer = self._require_tokenizer()
-            encoded = iter(tokenizer.encode_batch(texts, options.add_special_tokens))
-        vocab_size, longest = self.engine.model_config.vocab_size, self._max_model_len
-        inputs = []
-        for number, (text, ids, salt) in enumerate(parsed):
-            ids = options.truncated(next(encoded) if ids is None else ids, longest)
-            inputs.append(EncodedPrompt(text, checked(number, ids, vocab_size), salt))
-        return inputs
 
     def _with_texts(
         self, sequences: list[BeamSearchSequence], params: BeamSearchParams
     ) -> BeamSearchOutput:
-        if self._tokenizer is not None:
+        if (tokenizer := self._frontend.tokenizer) is not None:
             for beam in sequences:
-                beam.text = self._tokenizer.decode(beam.tokens, params.skip_special_tokens)
+                beam.text = tokenizer.decode(beam.tokens, params.skip_special_tokens)
         return BeamSearchOutput(sequences)
 
     def _generate(
@@ -573,24 +506,6 @@ class LLM:
         final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
         requests = self._new_requests(inputs, final, priority)
         return self._run_to_end(*self._requests.add(requests), use_tqdm)
-
-    def _params_for(self, num_prompts: int, params: Params) -> list[SamplingParams]:
-        """Complete the parameters of each prompt, before any of them is queued."""
-        if params is None:
-            params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):  # of all prompts: completed once
-            return as_params(self._complete(params), num_prompts)
-        return [self._complete(each) for each in as_params(params, num_prompts)]
-
-    def _complete(self, params: SamplingParams) -> SamplingParams:
-        """Check the limits that the model and the engine set, and tokenize the bad words."""
-        vocab_size = self.engine.model_config.vocab_size
-        check_logprobs(params, self.engine_config.max_logprobs, vocab_size)
-        check_token_ids(params, vocab_size)
-        if not params.bad_words:
-            return params
-        bad_ids = self._require_tokenizer().bad_words_token_ids(params.bad_words)
-        return params.clone(bad_words_token_ids=bad_ids)
 
     def _constraint_maker(
         self, params: SamplingParams, prompt_token_ids: Sequence[int]
@@ -606,12 +521,9 @@ class LLM:
 
     def _constraint_factory(self) -> ConstraintFactory:
         if self._constraints is None:
-            self._constraints = ConstraintFactory(
-                self._require_tokenizer().hf_tokenizer,
-                self.engine.model_config.vocab_size,
-                self.engine.eos_token_ids,
-                reasoning_parser=self.engine_config.reasoning_parser,
-            )
+            self._frontend.require_tokenizer()
+            self._constraints = self._loaded.new_constraint_factory()
+            assert self._constraints is not None
         return self._constraints
 
     def _new_requests(

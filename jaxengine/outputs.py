@@ -117,6 +117,7 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: When the request came in.
+        first_scheduled_time: When it first ran; None while waiting.
         first_token_time: When its first token reached the caller's side.
         last_token_time: When its newest token did.
         finished_time: When it ended.
@@ -124,6 +125,7 @@ class RequestMetrics:
     """
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None

@@ -29,6 +29,7 @@ def test_the_package_offers_these_names() -> None:
             "TextPrompt",
             "TokensPrompt",
         ),
+        *("AsyncLLM", "AsyncLLMEngine", "AsyncEngineArgs"),
         "__version__",
     }
 

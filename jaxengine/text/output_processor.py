@@ -133,6 +133,27 @@ class OutputProcessor:
             del self._completions[child_id]
         return ids
 
+    def request_of(self, child_id: str) -> str | None:
+        """Return the request that one of the engine's requests belongs to; None if unknown."""
+        completion = self._completions.get(child_id)
+        return None if completion is None else completion.request.request_id
+
+    def end_early(self, request_id: str) -> tuple[RequestOutput, list[str]]:
+        """Abort a request for which somebody still waits.
+
+        Returns:
+            Its last output, with what there is so far, and the engine's requests to abort.
+
+        Raises:
+            KeyError: If there is no such request.
+        """
+        request = self._requests[request_id]
+        child_ids = self.abort(request_id)
+        for completion in request.completions:
+            completion.end_early()
+        request.num_unfinished = 0
+        return request.take_output(self._clock()), child_ids
+
     def process(self, news: StepNews) -> ProcessedOutputs:
         """Turn the news of a step into outputs.
 

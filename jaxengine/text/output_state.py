@@ -49,6 +49,14 @@ class Completion:
             self.finish_reason, self.stop_reason = FinishReason.STOP, stop_string
         return stop_string
 
+    def end_early(self) -> None:
+        """End the output where it is, unless it has ended."""
+        if self.finish_reason is not None:
+            return
+        self.finish_reason, self.is_new = FinishReason.ABORT, True
+        if self.text is not None:
+            self.text.add([], len(self.token_ids), FinishReason.ABORT)
+
     def take_output(self, kind: RequestOutputKind) -> CompletionOutput:
         """Return the completion so far, or what is new in it."""
         self.is_new = False
@@ -101,6 +109,7 @@ class RequestState:
             metrics.last_token_time = now
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
+                metrics.first_scheduled_time = output.first_scheduled_time
 
     def take_output(self, now: float) -> RequestOutput:
         """Return the request's outputs so far, or what is new in them, in index order."""

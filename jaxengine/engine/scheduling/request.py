@@ -83,6 +83,7 @@ class Request:
     num_output_placeholders: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)  # prompt tokens found in the cache
     num_preemptions: int = field(default=0, init=False)
+    first_scheduled_time: float | None = field(default=None, init=False)  # of time.time
     last_sampling_step: int = field(default=-1, init=False)  # kept with pipeline stages only
 
     slot: int = field(default=NO_SLOT, init=False)  # row of the device-side state

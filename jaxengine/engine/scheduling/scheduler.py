@@ -21,6 +21,7 @@ but not hashed or compared. Why nothing has to wait for the device:
   behind the last token, never into a block known to the prefix cache.
 """
 
+import time
 from bisect import insort
 from collections.abc import Sequence
 
@@ -222,6 +223,11 @@ class Scheduler:
         for request_id in list(self._requests):
             self.abort(request_id)
 
+    @property
+    def max_prompt_len(self) -> int:
+        """Longest prompt whose K/V fit when a request has the pool alone."""
+        return self._limits.max_computed_tokens
+
     def schedule(self) -> SchedulerOutput | None:
         """Choose the next step and count its tokens as computed.
 
@@ -274,6 +280,7 @@ class Scheduler:
                 continue
             token_id = tokens[row_index]
             request.num_output_placeholders -= 1  # the oldest one becomes a token
+            is_first = not request.output_token_ids
             request.append_output_token(token_id)
             reason, stop_reason = request.find_stop() or (None, None)
             if reason is not None:
@@ -286,6 +293,7 @@ class Scheduler:
                     stop_reason,
                     request.num_cached_tokens,
                     row_index,
+                    first_scheduled_time=request.first_scheduled_time if is_first else None,
                 )
             )
         return outputs
@@ -393,6 +401,7 @@ class Scheduler:
 
     def _start_running(self, request: Request, step: StepBuilder) -> None:
         request.status = RequestStatus.RUNNING
+        request.first_scheduled_time = request.first_scheduled_time or time.time()
         request.slot = self._free_slots.pop()
         step.admitted.append(request)
         if self.policy == "priority":

@@ -65,6 +65,7 @@ class EngineCoreOutput:
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
         row_index: Row of the step.
         logprobs: ``LogprobRows`` with a row a new token; None if the request wants none.
+        first_scheduled_time: When the request first ran, with its first tokens; else None.
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class EngineCoreOutput:
     num_cached_tokens: int
     row_index: int
     logprobs: Any = None
+    first_scheduled_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
