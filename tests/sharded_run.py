@@ -100,7 +100,7 @@ def look_inside(llm: LLM) -> dict[str, Any]:
             for shape in shapes
         },
         "param_bytes": bytes_by_device([stage.params for stage in runner.stages]),
-        "cache_bytes": bytes_by_device([stage.caches for stage in runner.stages]),
+        "cache_bytes": bytes_by_device([stage.state.caches for stage in runner.stages]),
     }
 
 

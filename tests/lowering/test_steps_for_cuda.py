@@ -18,7 +18,7 @@ from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import StepShape
 from jaxengine.engine.device.kv_cache import KVCacheSpec, kv_heads
-from jaxengine.engine.device.step import StageParts, make_forward
+from jaxengine.engine.device.step import StageParts, StepArguments, StepState, make_forward
 from jaxengine.model_config import ModelConfig
 from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
@@ -90,13 +90,12 @@ def lower_step_for_cuda(name: str, backend: str | None, shape: StepShape, num_gp
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=replicated(mesh))
 
+    addresses = None if layout is None else ints(num_gpus, 2)
     arguments = (
         tuple(spec.abstract(mesh) for spec in specs.values()),
-        cache_spec.abstract(1000, mesh),
-        ints(257, 512),
-        ints(256),
-        ints(shape.packed_size),
-        *([] if layout is None else [ints(num_gpus, 2)]),
+        tuple(StepState(cache_spec.abstract(1000, mesh), ints(257, 512), ints(256))),
+        tuple(StepArguments(ints(shape.packed_size), None, addresses)),
+        None,
     )
     return lower_for_cuda(forward, *arguments, mesh=mesh)
 

@@ -24,7 +24,7 @@ from jaxengine.engine.device.compiler_options import compiles_slowly
 from jaxengine.engine.device.program_cache import jax_cache_only_read
 from jaxengine.engine.device.stage import CompiledStep, Stage
 from jaxengine.engine.device.stage_link import StageLink
-from jaxengine.engine.device.step import make_prompt_scorer, store_tokens
+from jaxengine.engine.device.step import ForwardOutputs, make_prompt_scorer
 from jaxengine.engine.device.step_inputs import StepInputs
 from jaxengine.engine.garbage_collection import paused_garbage_collection
 from jaxengine.engine.sampling.logprobs import TokenLogprobs
@@ -367,8 +367,8 @@ class ModelRunner:
                 hidden,
                 returns_hidden=is_scored and stage.parts.is_last,
             )
-            hidden = outputs[0]
-        sampled = self._sample(inputs, masks, *outputs[:2])
+            hidden = outputs.hidden
+        sampled = self._sample(inputs, masks, outputs)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         if len(self.stages) > 1:
@@ -376,23 +376,23 @@ class ModelRunner:
         scores = None
         if inputs.scoring is not None:
             last = self.stages[-1]
-            scores = self._prompt_scorer.score(inputs.scoring, last.params, outputs[2])
+            scores = self._prompt_scorer.score(inputs.scoring, last.params, outputs.hidden)
         return StepOutputs(sampled, scores)
 
     def _sample(
         self,
         inputs: StepInputs,
         masks: Callable[[], np.ndarray],
-        token_ids: jax.Array,
-        logits: jax.Array,
+        outputs: ForwardOutputs,
     ) -> SamplerOutput:
         if inputs.variant == GREEDY:
-            return SamplerOutput(token_ids, None)
+            return SamplerOutput(outputs.token_ids, None)
         last = self.stages[-1]
         filled = masks() if inputs.variant.num_masks else None
-        last.last_tokens, sampled = self._samplers.sample(
-            logits, inputs.sampling, last.last_tokens, filled, variant=inputs.variant
+        last_tokens, sampled = self._samplers.sample(
+            outputs.logits, inputs.sampling, last.state.last_tokens, filled, variant=inputs.variant
         )
+        last.keep_last_tokens(last_tokens)
         return sampled
 
     def _store_tokens(self, count: int) -> None:
@@ -404,5 +404,4 @@ class ModelRunner:
         first = self.stages[0]
         for _ in range(count):
             targets, token_ids = self._unstored.popleft()
-            token_ids = self._links[0](token_ids)
-            first.last_tokens = store_tokens(first.last_tokens, targets, token_ids)
+            first.store_tokens(targets, self._links[0](token_ids))

@@ -19,7 +19,15 @@ from jaxengine.engine.device.kv_cache import KVCacheSpec
 from jaxengine.engine.device.output_buffers import OutputBuffers
 from jaxengine.engine.device.peer_memory import PeerMemory
 from jaxengine.engine.device.program_cache import ProgramCache, compile_lowered
-from jaxengine.engine.device.step import StageParts, apply_table_updates, make_forward
+from jaxengine.engine.device.step import (
+    ForwardOutputs,
+    StageParts,
+    StepArguments,
+    StepState,
+    apply_table_updates,
+    make_forward,
+    store_tokens,
+)
 from jaxengine.pallas_kernels.failures import num_retired, without_failing_kernels
 from jaxengine.pallas_kernels.peers import InboxLayout
 from jaxengine.sharding import replicate, replicated
@@ -130,7 +138,7 @@ class Stage:
     def release(self) -> Params:
         """Give up weights, cache and state, until ``start``; returns the weights."""
         params, self.params, self._weights = self.params, {}, ()
-        for array in jax.tree.leaves((self.caches, self.tables, self.last_tokens)):
+        for array in jax.tree.leaves(self.state):
             array.delete()
         if self.output_buffers is not None:
             self.output_buffers.clear()
@@ -139,14 +147,15 @@ class Stage:
     def allocate_state(self) -> None:
         """Make the cache, the block tables and the newest tokens, all zeros."""
         mesh = self.parts.mesh
-        self.caches = self.cache_spec.allocate(self.num_blocks, mesh)
-        self.tables = replicate(np.zeros(self._table_shape, np.int32), mesh)
-        self.last_tokens = replicate(np.zeros(self._max_num_seqs, np.int32), mesh)
+        self.state = StepState(
+            self.cache_spec.allocate(self.num_blocks, mesh),
+            replicate(np.zeros(self._table_shape, np.int32), mesh),
+            replicate(np.zeros(self._max_num_seqs, np.int32), mesh),
+        )
 
     def restore_state(self) -> None:
         """Make the state anew if a step that failed has taken it along."""
-        state = (self.caches, self.tables, self.last_tokens)
-        if any(array.is_deleted() for array in jax.tree.leaves(state)):
+        if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
             self.allocate_state()
         if self.output_buffers is not None:
             self.output_buffers.clear()
@@ -158,7 +167,21 @@ class Stage:
             padding = TABLE_UPDATE_SIZE - part.shape[1]
             rows_past_the_end = [[self._table_shape[0]], [0], [0]]
             part = np.concatenate([part, np.repeat(rows_past_the_end, padding, axis=1)], axis=1)
-            self.tables = apply_table_updates(self.tables, part.astype(np.int32))
+            tables = apply_table_updates(self.state.tables, part.astype(np.int32))
+            self.state = self.state._replace(tables=tables)
+
+    def store_tokens(self, targets: np.ndarray, token_ids: jax.Array) -> None:
+        """Store tokens that were sampled elsewhere.
+
+        Args:
+            targets: [B] int32, the slot of each; past the end for none.
+            token_ids: [B] int32, on this stage's devices.
+        """
+        self.keep_last_tokens(store_tokens(self.state.last_tokens, targets, token_ids))
+
+    def keep_last_tokens(self, last_tokens: jax.Array) -> None:
+        """Take over the newest tokens that a program made of ``state.last_tokens``."""
+        self.state = self.state._replace(last_tokens=last_tokens)
 
     def run(
         self,
@@ -167,7 +190,7 @@ class Stage:
         hidden: jax.Array | None,
         *,
         returns_hidden: bool = False,
-    ) -> tuple[jax.Array, ...]:
+    ) -> ForwardOutputs:
         """Dispatch a step; returns at once.
 
         Args:
@@ -175,24 +198,17 @@ class Stage:
             packed: The step's vector.
             hidden: The stage before's output [T, D] on this stage's devices; None for the first.
             returns_hidden: Whether the last stage also returns its layers' output.
-
-        Returns:
-            The layers' output [T, D], or from the last stage token ids [B], logits [B, V] and
-            with ``returns_hidden`` that output.
         """
         forward = self.program(shape, returns_hidden)
-        others: tuple[jax.Array, ...] = () if hidden is None else (hidden,)
-        if self._peer_memory is not None:
-            others += (self._peer_memory.addresses,)
+        addresses = None if self._peer_memory is None else self._peer_memory.addresses
+        arguments = StepArguments(packed, hidden, addresses)
         buffers = self._buffers_of(shape)
+        overwritten = None if buffers is None else buffers.take(shape.num_rows)
+        state, brought = forward(self._weights, tuple(self.state), tuple(arguments), overwritten)
+        self.state, outputs = StepState(*state), ForwardOutputs(*brought)
         if buffers is not None:
-            others += buffers.take(shape.num_rows)
-        self.caches, self.tables, self.last_tokens, *outputs = forward(
-            self._weights, self.caches, self.tables, self.last_tokens, packed, *others
-        )
-        if buffers is not None:
-            buffers.keep(*outputs[:2])
-        return tuple(outputs)
+            buffers.keep(outputs.token_ids, outputs.logits)
+        return outputs
 
     def _buffers_of(self, shape: StepShape) -> OutputBuffers | None:
         buffers = self.output_buffers
@@ -296,15 +312,21 @@ class Stage:
             return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=replicated(mesh))
 
         hidden = zeros(self.cache_spec.dtype, shape.num_tokens, self._hidden_size)
-        lowered = forward.lower(
-            tuple(spec.abstract(mesh) for spec in parts.specs.values()),
+        state = StepState(
             self.cache_spec.abstract(self.num_blocks, mesh),
             zeros(jnp.int32, *self._table_shape),
             zeros(jnp.int32, self._max_num_seqs),
+        )
+        arguments = StepArguments(
             zeros(jnp.int32, shape.packed_size),
-            *([] if parts.is_first else [hidden]),
-            *([] if self._peer_memory is None else [self._peer_memory.abstract()]),
-            *([] if buffers is None else buffers.abstract(shape.num_rows)),
+            None if parts.is_first else hidden,
+            None if self._peer_memory is None else self._peer_memory.abstract(),
+        )
+        lowered = forward.lower(
+            tuple(spec.abstract(mesh) for spec in parts.specs.values()),
+            tuple(state),
+            tuple(arguments),
+            None if buffers is None else buffers.abstract(shape.num_rows),
         )
         seconds = time.perf_counter() - started
         return LoweredStep(shape, returns_hidden, lowered, seconds, retired)

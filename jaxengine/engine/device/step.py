@@ -7,7 +7,7 @@ last tokens are donated: they are updated in place.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jaxengine.batch import StepShape, build_input_batch, split_packed, update_t
 from jaxengine.engine.device.kv_cache import CACHE_SPEC
 from jaxengine.engine.sampling.logprobs import TokenLogprobs, prompt_logprobs
 from jaxengine.layers.vocabulary import argmax_over_shards
-from jaxengine.models.decoder import LayerCaches
 from jaxengine.pallas_kernels.peers import InboxLayout, Peers
 from jaxengine.pallas_kernels.target import Target
 from jaxengine.sharding import LOGITS_SPEC, TENSOR_AXIS
@@ -74,6 +73,43 @@ class StageParts:
         return Target.of(self.mesh.devices.flat[0]).is_hopper
 
 
+class StepState(NamedTuple):
+    """What a stage keeps from step to step; donated to each, which returns the next one.
+
+    As the two below it also holds how these arrays are cut, and their shapes before they exist.
+    """
+
+    caches: Any  # keys and values, a pair [num_blocks, K, block_size, H] for each cache array
+    tables: Any  # [S, W] int32: block table of every slot; the last row is of padding, all zeros
+    last_tokens: Any  # [slots] int32: newest sampled token of every slot
+
+
+class StepArguments(NamedTuple):
+    """What a stage is given for one step; None is nothing at all to jax."""
+
+    packed: Any  # [P] int32, see ``StepShape.fields``
+    hidden: Any = None  # [T, D] of the stage before; None for the first
+    addresses: Any = None  # [N, 2] of the inboxes on all shards; None if XLA adds up over them
+
+
+class ForwardOutputs(NamedTuple):
+    """What a stage brings in one step."""
+
+    token_ids: Any = None  # [B] int32, the most likely ones; None from all stages but the last
+    logits: Any = None  # [B, V], cut over the vocabulary; likewise
+    hidden: Any = None  # [T, D] of the layers: for the next stage, or to score prompts
+
+
+# Token ids and logits of a past step, whose memory (not their values) a step uses for its own.
+Overwritten = tuple[Int[Array, " B"], Float[Array, "B V"]]
+
+
+def serves_last_tokens_only(shape: StepShape, parts: StageParts, *, returns_hidden: bool) -> bool:
+    """Whether the model's last layer serves the rows' last tokens alone: where they are few."""
+    are_few = shape.num_rows * MIN_TOKENS_PER_ROW <= shape.num_tokens
+    return parts.is_last and not returns_hidden and are_few
+
+
 def make_forward(
     shape: StepShape,
     *,
@@ -85,85 +121,108 @@ def make_forward(
 ) -> Any:
     """Return the jitted forward step of one shape through one stage.
 
-    It maps (weights, caches, tables, last_tokens, packed) and, but for the first stage, the output
-    [T, D] of the stage before, to (caches, tables, last_tokens) and what the next one needs: the
-    output [T, D] of its layers, or after the last stage token_ids [B], logits [B, V] (cut over the
-    vocabulary) and, with ``returns_hidden``, that output too. Without it the last layer serves the
-    rows' last tokens alone, where they are few. The token ids are the greedy ones, and
-    ``last_tokens`` takes them over if the step is greedy: one program a step in the most common
-    case.
+    It maps (weights, StepState, StepArguments, Overwritten or None) to (StepState, ForwardOutputs).
+    The token ids are the greedy ones, and ``last_tokens`` takes them over if the step is greedy:
+    one program a step in the most common case. What is overwritten stands apart as jax donates an
+    argument whole.
 
-    With ``inbox_layout`` it also takes the addresses of such inboxes on all shards, and adds up
-    over the shards by writing there. With ``overwrites_outputs`` the last stage takes two more
-    arrays at the end, whose memory (not their values) it uses for token ids and logits.
+    All of them cross the border as plain tuples, the weights in the order of ``parts.specs``: a
+    step of 226 weights takes jax an eighth longer to call if it has to sort a dict's keys, and 2 %
+    longer for each tuple that has a name.
 
-    The weights come as a tuple, in the order of ``parts.specs``: jax would sort a dict's keys in
-    every step, which is an eighth of the time that it takes to call a model of 226 weights.
+    Args:
+        shape: Padded sizes.
+        parts: The stage.
+        block_size: Tokens a KV block holds.
+        returns_hidden: Whether the last stage also returns its layers' output.
+        overwrites_outputs: Whether it takes memory for token ids and logits.
+        inbox_layout: Of the inboxes that it adds up in over the shards; None leaves that to XLA.
     """
-    last_tokens_only = (
-        parts.is_last
-        and not returns_hidden
-        and shape.num_rows * MIN_TOKENS_PER_ROW <= shape.num_tokens
-    )
+    last_tokens_only = serves_last_tokens_only(shape, parts, returns_hidden=returns_hidden)
 
     def forward(
-        weights: tuple[jax.Array, ...],
-        caches: LayerCaches,
-        tables: Int[Array, "S W"],
-        last_tokens: Int[Array, " S"],
-        packed: Int[Array, " P"],
-        *others: Array,  # hidden [T, D] of the stage before; addresses; outputs to overwrite
-    ) -> tuple:
-        incoming = others[: not parts.is_first]
-        inputs = split_packed(shape, packed)
+        weights: tuple[jax.Array, ...], state: tuple, arguments: tuple, _: Overwritten | None
+    ) -> tuple[tuple, tuple]:
+        new_state, outputs = run(weights, StepState(*state), StepArguments(*arguments))
+        return tuple(new_state), tuple(outputs)
+
+    def run(
+        weights: tuple[jax.Array, ...], state: StepState, arguments: StepArguments
+    ) -> tuple[StepState, ForwardOutputs]:
+        inputs = split_packed(shape, arguments.packed)
         tables = update_tables(
-            tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
+            state.tables, inputs["table_rows"], inputs["table_columns"], inputs["table_blocks"]
         )
         model = merge_params(parts.definition, dict(zip(parts.specs, weights, strict=True)))
-        peers = None
-        if inbox_layout is not None:
-            rank = jax.lax.axis_index(TENSOR_AXIS)
-            num_calls = model.num_sums + parts.is_last  # and the most likely tokens
-            origin = jnp.stack([rank, inputs["step_number"][0] * num_calls])
-            peers = Peers(others[len(incoming)], origin, np.int32(0), inbox_layout)
         batch = build_input_batch(
             shape,
             inputs,
             tables,
-            last_tokens,
+            state.last_tokens,
             block_size,
             last_tokens_only=last_tokens_only,
-            peers=peers,
+            peers=_first_sum(arguments, inputs, model.num_sums + parts.is_last, inbox_layout),
         )
-        hidden, caches = model(batch, caches, *incoming)
+        hidden, caches = model(batch, state.caches, arguments.hidden)
         if not parts.is_last:
-            return caches, tables, last_tokens, hidden
-        # Asked for the last tokens only, a model may leave out the others, or not.
-        is_chosen = last_tokens_only and hidden.shape[0] == shape.num_rows
-        chosen = hidden if shape.decode_only or is_chosen else hidden[batch.logits_indices]
-        logits = model.compute_logits(chosen)
+            return StepState(caches, tables, state.last_tokens), ForwardOutputs(hidden=hidden)
+        has_last_only = shape.decode_only or last_tokens_only
+        logits = model.compute_logits(hidden if has_last_only else hidden[batch.logits_indices])
         token_ids = argmax_over_shards(logits, batch.after_sums(model.num_sums).peers)
-        never = last_tokens.shape[0]  # past the end: not stored
-        is_stored = (inputs["samples_token"] > 0) & (inputs["is_greedy"][0] > 0)
-        targets = jnp.where(is_stored, inputs["slots"], never)
-        last_tokens = last_tokens.at[targets].set(token_ids, mode="drop")
-        outputs = (caches, tables, last_tokens, token_ids, logits)
-        return (*outputs, hidden) if returns_hidden else outputs
+        last_tokens = _store_if_greedy(state.last_tokens, inputs, token_ids)
+        outputs = ForwardOutputs(token_ids, logits, hidden if returns_hidden else None)
+        return StepState(caches, tables, last_tokens), outputs
 
-    weight_specs = tuple(spec.spec for spec in parts.specs.values())
-    cache_specs = CACHE_SPEC  # of every array in the list
-    out_specs = [P(), LOGITS_SPEC, P()][: 2 + returns_hidden] if parts.is_last else [P()]
-    first_overwritten = 5 + (not parts.is_first) + (inbox_layout is not None)
-    other_specs = [P()] * (first_overwritten - 5) + [P(), LOGITS_SPEC][: 2 * overwrites_outputs]
+    state_specs = StepState(CACHE_SPEC, P(), P())  # of every cache array
+    output_specs = ForwardOutputs(
+        P() if parts.is_last else None,
+        LOGITS_SPEC if parts.is_last else None,
+        P() if returns_hidden or not parts.is_last else None,
+    )
+    argument_specs = StepArguments(
+        P(), None if parts.is_first else P(), None if inbox_layout is None else P()
+    )
     sharded = jax.shard_map(
         forward,
         mesh=parts.mesh,
-        in_specs=(weight_specs, cache_specs, P(), P(), P(), *other_specs),
-        out_specs=(cache_specs, P(), P(), *out_specs),
+        in_specs=(
+            tuple(spec.spec for spec in parts.specs.values()),
+            tuple(state_specs),
+            tuple(argument_specs),
+            (P(), LOGITS_SPEC) if overwrites_outputs else None,
+        ),
+        out_specs=(tuple(state_specs), tuple(output_specs)),
         check_vma=False,  # kernels do not say how their outputs vary over the mesh
     )
-    overwritten = (first_overwritten, first_overwritten + 1) if overwrites_outputs else ()
-    return jax.jit(sharded, donate_argnums=(1, 2, 3, *overwritten), keep_unused=overwrites_outputs)
+    return jax.jit(sharded, donate_argnums=(1, 3), keep_unused=overwrites_outputs)
+
+
+def _first_sum(
+    arguments: StepArguments,
+    inputs: dict[str, Int[Array, " n"]],
+    num_calls: int,
+    inbox_layout: InboxLayout | None,
+) -> Peers | None:
+    """How the first of a step's ``num_calls`` exchanges between the shards goes; None: XLA's way.
+
+    Each has a number that no exchange of another step has.
+    """
+    if inbox_layout is None:
+        return None
+    rank = jax.lax.axis_index(TENSOR_AXIS)
+    origin = jnp.stack([rank, inputs["step_number"][0] * num_calls])
+    return Peers(arguments.addresses, origin, np.int32(0), inbox_layout)
+
+
+def _store_if_greedy(
+    last_tokens: Int[Array, " slots"],
+    inputs: dict[str, Int[Array, " n"]],
+    token_ids: Int[Array, " B"],
+) -> Int[Array, " slots"]:
+    never = last_tokens.shape[0]  # past the end: not stored
+    is_stored = (inputs["samples_token"] > 0) & (inputs["is_greedy"][0] > 0)
+    targets = jnp.where(is_stored, inputs["slots"], never)
+    return last_tokens.at[targets].set(token_ids, mode="drop")
 
 
 def make_prompt_scorer(num_logprobs: int, *, parts: StageParts) -> Callable:

@@ -40,7 +40,7 @@ def test_the_step_updates_the_cache_in_place(large_cache_llm: LLM, shape: StepSh
 
 def test_old_caches_tables_and_tokens_are_given_up(large_cache_llm: LLM) -> None:
     (stage,) = large_cache_llm.engine.runner.stages
-    before = [*jax.tree.leaves(stage.caches), stage.tables, stage.last_tokens]
+    before = jax.tree.leaves(stage.state)
     large_cache_llm.generate([[10, 11, 12]], greedy(2), use_tqdm=False)
     assert len(before) == 8
     assert all(array.is_deleted() for array in before)
@@ -73,6 +73,10 @@ class Transfers:
         return send
 
     def _put(self, value: Any) -> Any:
+        """Put every host array of an argument on the device."""
+        return jax.tree.map(self._put_array, value)
+
+    def _put_array(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
         self.steps[-1].append(value.nbytes)

@@ -16,7 +16,13 @@ from jaxengine.pallas_kernels.target import Target
 
 from jaxengine.batch import StepShape
 from jaxengine.engine.device.batch_builder import packed_views
-from jaxengine.engine.device.step import StageParts, make_forward
+from jaxengine.engine.device.step import (
+    ForwardOutputs,
+    StageParts,
+    StepArguments,
+    StepState,
+    make_forward,
+)
 from jaxengine.model_config import ModelConfig
 from jaxengine.models.options import ModelOptions
 from jaxengine.models.registry import ModelRegistry
@@ -105,10 +111,10 @@ def run_step(
     parts["table_rows"][:] = NUM_SLOTS + 1  # past the end: nothing to store
     parts["num_decode_rows"][0] = sum(query_len == 1 for query_len, _ in rows)
     with jax.set_mesh(mesh):
-        new_caches, _, _, _, logits = forward(
-            weights, caches, jnp.asarray(tables), jnp.zeros(NUM_SLOTS, jnp.int32), packed
-        )
-    written = [np.asarray(cache, np.float32)[1:] for pair in new_caches for cache in pair]
+        state = StepState(caches, jnp.asarray(tables), jnp.zeros(NUM_SLOTS, jnp.int32))
+        state, outputs = forward(weights, tuple(state), tuple(StepArguments(packed)), None)
+    caches, logits = StepState(*state).caches, ForwardOutputs(*outputs).logits
+    written = [np.asarray(cache, np.float32)[1:] for pair in caches for cache in pair]
     return np.asarray(logits, np.float32)[: len(rows)], written
 
 

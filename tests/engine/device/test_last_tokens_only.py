@@ -27,11 +27,11 @@ class BothWays:
 
     def run(self, shape: StepShape, packed: np.ndarray, hidden: Any, **options: Any) -> Any:
         stage = self._stage
-        before = jax.tree.map(jnp.copy, (stage.caches, stage.tables, stage.last_tokens))
-        *expected, every_hidden = self._run(shape, packed, hidden, returns_hidden=True)
-        assert every_hidden.shape[0] == shape.num_tokens
-        expected = self._on_host(expected)
-        stage.caches, stage.tables, stage.last_tokens = before
+        before = jax.tree.map(jnp.copy, stage.state)
+        every_token = self._run(shape, packed, hidden, returns_hidden=True)
+        assert every_token.hidden.shape[0] == shape.num_tokens
+        expected = self._on_host(every_token)
+        stage.state = before
         outputs = self._run(shape, packed, hidden, **options)
         rows = int(np.count_nonzero(packed_views(shape, packed)["seq_lens"]))
         self.steps.append((shape, rows, expected, self._on_host(outputs)))
@@ -40,7 +40,7 @@ class BothWays:
     def _on_host(self, outputs: Any) -> Any:
         """Token ids, logits, state; copied, as the next step takes the state's memory."""
         stage = self._stage
-        return jax.tree.map(np.array, (*outputs, (stage.caches, stage.tables, stage.last_tokens)))
+        return jax.tree.map(np.array, (outputs.token_ids, outputs.logits, stage.state))
 
 
 @pytest.fixture(params=["llama", "sliding window"])

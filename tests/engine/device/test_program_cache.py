@@ -93,8 +93,8 @@ def test_a_loaded_step_still_updates_the_cache_in_place(chat_model: Path, tmp_pa
     llm = with_cache(chat_model, tmp_path)
     (stage,) = llm.engine.runner.stages
     memory: Any = stage.program(DECODE).memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(stage.caches))
-    before = jax.tree.leaves(stage.caches)
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(stage.state.caches))
+    before = jax.tree.leaves(stage.state.caches)
     generate(llm)
     assert all(array.is_deleted() for array in before)
 
