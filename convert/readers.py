@@ -61,7 +61,7 @@ def open_checkpoint(
     converted.refuse_interrupted(path)
     if isinstance(source, str) and path.suffix not in WEIGHT_SUFFIXES and hub.is_hub_name(source):
         return _open_directory(hub.fetch(source, revision, check_config), check_config)
-    is_path = path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1
+    is_path = path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1 or str(source)[:1] in "./~"
     raise CheckpointError(
         f"{str(source)!r} {'is missing: it ' if is_path else ''}is neither a directory, a GGUF "
         "file nor a hub name (organisation/model)"

@@ -16,7 +16,7 @@ from jaxengine.engine.replicas import ReplicaGroup, build_replicas, startup_text
 from jaxengine.engine.start_report import Startup
 from jaxengine.engine_client import EngineInfo
 from jaxengine.model_files import read_sampling_defaults, read_tokenizer
-from jaxengine.process import prepare_process
+from jaxengine.process import check_devices, prepare_process
 from jaxengine.structured.constraint_factory import ConstraintFactory
 from jaxengine.structured.reasoning import markers_of
 from jaxengine.text.messages import load_chat_template
@@ -78,6 +78,8 @@ def load_engine(
     chat_template = load_chat_template(config.chat_template)
     markers_of(config.reasoning_parser)  # refused before anything is loaded
     prepare_process(config)
+    if config.nnodes == 1:  # several hosts first have to find each other
+        check_devices()
     checkpoint = open_model(config.model, config.load_format, config.revision, config.hf_overrides)
     check_hf_config(checkpoint.hf_config)
     defaults = read_sampling_defaults(config, checkpoint)

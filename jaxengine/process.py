@@ -18,6 +18,24 @@ def prepare_process(config: EngineConfig) -> None:
     use_compilation_cache()
 
 
+def check_devices() -> None:
+    """Start jax's backend, so that what is wrong with it is said before a model is fetched.
+
+    Raises:
+        ValueError: If the platform that is asked for has no device.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where its plugin is not installed
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values.get("jax_platforms")
+        reason = " ".join(str(error).split())[:300] or "its plugin is not installed"
+        raise ValueError(
+            f"jax finds no device (JAX_PLATFORMS={wanted or 'unset'}): {reason}. Set "
+            "JAX_PLATFORMS=cpu to run on the CPU, or see that the driver and the jax plugin for "
+            "its CUDA release are installed (jaxengine collect-env shows both)"
+        ) from error
+
+
 def reserve_pool(gpu_memory_utilization: float) -> None:
     """Let XLA's allocator take the engine's share at once, unless the user has said otherwise.
 

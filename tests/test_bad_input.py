@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from jaxengine import LLM, SamplingParams
-from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts, save_tiny_model
+from tests.helpers import (
+    assert_idle,
+    greedy,
+    make_llm,
+    output_ids,
+    random_prompts,
+    save_tiny_model,
+    with_scheduler,
+)
 
 GOOD = random_prompts(5, 20)
 
@@ -30,7 +38,7 @@ def serving(llm: LLM) -> Iterator[LLM]:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([10] * 256, r"256 tokens, .*max_model_len \(256\).*shorten the prompt or raise --max-mod"),
+        ([10] * 256, r"256 tokens, .*max_model_len \(256\).*shorten the prompt$"),
         ([10] * 5000, r"5000 tokens"),
         ("x " * 300, "tokens, which leaves no room for output"),
         ([], "prompt is empty; give at least one token"),
@@ -318,3 +326,50 @@ def test_weights_that_are_not_numbers_do_not_hang_the_engine(tmp_path: Path) -> 
         (tokens,) = output_ids(llm.generate([[10, 11]], params, use_tqdm=False))
         assert len(tokens) == 4
         assert np.all((np.array(tokens) >= 0) & (np.array(tokens) < 128))
+
+
+def test_a_longer_limit_is_proposed_only_where_the_model_has_one(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"max_model_len \(256\); shorten the prompt$"):
+        llm.generate([[10] * 300], greedy(2), use_tqdm=False)
+    shorter = with_scheduler(llm, max_model_len=64)
+    with pytest.raises(ValueError, match=r"\(64\); shorten the prompt or raise --max-model-len$"):
+        shorter.generate([[10] * 100], greedy(2), use_tqdm=False)
+
+
+def test_a_cache_of_less_than_two_blocks_says_what_two_take(chat_model: Path) -> None:
+    message = r"kv_cache_memory_bytes 1000 is less than two KV blocks of 16 tokens, \d+ bytes"
+    with pytest.raises(ValueError, match=message):
+        make_llm(chat_model, num_gpu_blocks_override=None, kv_cache_memory_bytes=1000)
+
+
+def test_a_tokenizer_that_is_not_there_is_called_missing(chat_model: Path, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none"), "./none"):
+        with pytest.raises(ValueError, match=f"the tokenizer '{name}' is missing"):
+            make_llm(chat_model, tokenizer=name)
+    with pytest.raises(ValueError, match=r"'\./none' is missing"):
+        make_llm("./none")
+
+
+def test_a_platform_without_a_device_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+
+    from jaxengine.process import check_devices
+
+    def fail() -> None:
+        raise RuntimeError("Unable to initialize backend 'cuda': no device")
+
+    check_devices()
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(
+        ValueError, match=r"JAX_PLATFORMS=cuda\): .*no device\. Set JAX_PLATFORMS=c"
+    ):
+        check_devices()
+
+
+def test_the_cache_of_a_cpu_follows_the_model_within_its_limits() -> None:
+    from jaxengine.engine.device.memory import GIB, default_cpu_cache_bytes
+
+    sizes = [default_cpu_cache_bytes(64 * GIB, size * GIB // 8) for size in (1, 8, 80)]
+    assert sizes == [GIB // 2, GIB, 4 * GIB]
+    assert default_cpu_cache_bytes(GIB, GIB) == GIB // 4

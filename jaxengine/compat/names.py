@@ -74,7 +74,7 @@ CLASSES = (
     *_same("LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "TextPrompt"),
     *_same("TokensPrompt", "EngineArgs", "ModelRegistry"),
     Name("LLMEngine", "differs", "add_request, step, abort_request and what asks for its state"),
-    *_missing("see docs/serving", "AsyncLLMEngine", "AsyncEngineArgs"),
+    *_same("AsyncLLMEngine", "AsyncEngineArgs"),
     *_missing(
         _POOLING,
         *("PoolingParams", "PoolingOutput", "PoolingRequestOutput", "EmbeddingOutput"),

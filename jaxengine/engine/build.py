@@ -67,6 +67,7 @@ def build_engine(
         num_stages=len(runner.stages),
         sliding_window=startup.model.uniform_sliding_window,
         step_sizes=runner.fitted_step_tokens,
+        can_raise_max_model_len=limits.max_model_len < startup.model.max_position_embeddings,
     )
     engine = Engine(
         scheduler,

@@ -26,7 +26,9 @@ def plan_memory(
     """
     blocks_per_seq = -(-limits.max_model_len // config.block_size)
     most_useful = limits.max_num_seqs * blocks_per_seq + 1
-    budgets = [_plan_stage(stage, runner, config, most_useful) for stage in runner.stages]
+    budgets = [
+        _plan_stage(stage, runner, config, blocks_per_seq, most_useful) for stage in runner.stages
+    ]
     is_measured = not (_cache_size_is_given(config) or runner.stages[0].parts.is_on_cpu)
     if is_measured:
         guess = min(budget.num_blocks for budget in budgets)
@@ -45,15 +47,22 @@ def _cache_size_is_given(config: EngineConfig) -> bool:
 
 
 def _plan_stage(
-    stage: Stage, runner: ModelRunner, config: EngineConfig, most_useful: int
+    stage: Stage, runner: ModelRunner, config: EngineConfig, blocks_per_seq: int, most_useful: int
 ) -> memory.MemoryBudget:
     """Return a stage's account, its largest step guessed unless the cache's size is given."""
     total, limit = memory.device_limit(stage.parts.local_device, config.gpu_memory_utilization)
     state_bytes, block_bytes = runner.state_bytes(stage), stage.block_bytes
     step_bytes = 0  # on a CPU, programs are compiled later, and their temporaries are small
     if _cache_size_is_given(config) or stage.parts.is_on_cpu:
-        default_bytes = min(memory.MAX_CPU_CACHE_BYTES, limit // 4)
-        bytes_wanted = config.kv_cache_memory_bytes or default_bytes
+        bytes_wanted = config.kv_cache_memory_bytes
+        if bytes_wanted is None:
+            sequence_bytes = (blocks_per_seq + 1) * block_bytes
+            bytes_wanted = memory.default_cpu_cache_bytes(limit, sequence_bytes)
+        elif bytes_wanted < 2 * block_bytes:
+            raise ValueError(
+                f"kv_cache_memory_bytes {bytes_wanted} is less than two KV blocks of "
+                f"{config.block_size} tokens, {2 * block_bytes} bytes on each device: raise it"
+            )
         num_blocks = config.num_gpu_blocks_override or min(bytes_wanted // block_bytes, most_useful)
         memory.check_fits(limit, stage.weight_bytes + state_bytes, num_blocks * block_bytes)
     else:

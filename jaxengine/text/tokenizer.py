@@ -330,6 +330,11 @@ def load_tokenizer(
             "trust_remote_code is refused: it would run Python code from the checkpoint with "
             "your rights. Pass tokenizer= a directory with a tokenizer.json instead"
         )
+    if str(source)[:1] in ("/", ".", "~") and not Path(source).exists():
+        raise ValueError(
+            f"the tokenizer {str(source)!r} is missing: give a directory with a tokenizer.json, or "
+            "a hub name"
+        )
     # Imported here because it takes seconds (with torch installed, which it then loads, several),
     # and because it advises at import to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

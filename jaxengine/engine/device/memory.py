@@ -12,7 +12,9 @@ GIB = 1 << 30
 DRIVER_FRACTION = 0.0125
 # Room for what the account cannot see: autotuning scratch, transfers, fragmentation.
 SLACK_BYTES = 256 << 20
-MAX_CPU_CACHE_BYTES = 4 * GIB  # unless the user asks for another size
+# The KV cache of a CPU, unless the user asks for another size: what one sequence of the model's
+# length takes, within these.
+MIN_CPU_CACHE_BYTES, MAX_CPU_CACHE_BYTES = GIB // 2, 4 * GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,17 @@ class MemoryBudget:
             ("left", self.limit_bytes - used, ""),
         ]
         return "\n".join(f"  {name:<15}{size / GIB:9.2f} GiB  {note}" for name, size, note in lines)
+
+
+def default_cpu_cache_bytes(limit_bytes: int, sequence_bytes: int) -> int:
+    """Return the size of a CPU's KV cache that nobody has asked for.
+
+    Args:
+        limit_bytes: What the engine may use of the memory.
+        sequence_bytes: K/V of one sequence of the model's length.
+    """
+    wanted = min(max(sequence_bytes, MIN_CPU_CACHE_BYTES), MAX_CPU_CACHE_BYTES)
+    return min(wanted, limit_bytes // 4)
 
 
 def num_blocks_that_fit(

@@ -11,14 +11,21 @@ class RequestLimits:
         max_model_len: Longest request, prompt and output.
         max_computed_tokens: Tokens whose K/V fit when a request has the pool alone.
         block_pool: The KV blocks, to say in an error how many there are.
+        can_be_raised: Whether the model could read longer requests.
     """
 
     def __init__(
-        self, *, max_model_len: int, max_computed_tokens: int, block_pool: BlockPool
+        self,
+        *,
+        max_model_len: int,
+        max_computed_tokens: int,
+        block_pool: BlockPool,
+        can_be_raised: bool = True,
     ) -> None:
         self.max_model_len = max_model_len
         self.max_computed_tokens = max_computed_tokens
         self._block_pool = block_pool
+        self._can_be_raised = can_be_raised
 
     def max_num_tokens(self, request: Request) -> int:
         """Return the length at which a new request ends with ``FinishReason.LENGTH``.
@@ -43,14 +50,16 @@ class RequestLimits:
         if num_tokens >= self.max_model_len:
             raise ValueError(
                 f"{name}: the prompt has {num_tokens} tokens, which leaves no room for output "
-                f"within max_model_len ({self.max_model_len}); shorten the prompt or raise "
-                f"--max-model-len"
+                f"within max_model_len ({self.max_model_len}); shorten the prompt"
+                f"{' or raise --max-model-len' if self._can_be_raised else ''}"
             )
         if num_tokens > self.max_computed_tokens:
             block_size = self._block_pool.block_size
+            num_blocks = -(-num_tokens // block_size)
             raise ValueError(
                 f"{name}: the prompt has {num_tokens} tokens and needs "
-                f"{-(-num_tokens // block_size)} KV blocks of {block_size} tokens, but there are "
-                f"only {self._block_pool.num_usable_blocks}; raise --gpu-memory-utilization or "
-                f"--num-gpu-blocks-override, or lower --max-model-len to refuse such prompts"
+                f"{num_blocks} KV blocks of {block_size} tokens, but there are only "
+                f"{self._block_pool.num_usable_blocks}; raise --gpu-memory-utilization, or "
+                f"--num-gpu-blocks-override to {num_blocks + 1} at least, or "
+                f"--kv-cache-memory-bytes; or lower --max-model-len to refuse such prompts"
             )

@@ -75,6 +75,7 @@ class Scheduler:
         sliding_window: Window of every layer; None if any layer sees all tokens.
         step_sizes: Sizes that long steps are padded to, rising; a step that would fill little more
             than one of them leaves the rest to the next step.
+        can_raise_max_model_len: Whether the model could read longer requests: errors say so.
 
     Raises:
         ValueError: If a limit is impossible or contradicts another.
@@ -95,6 +96,7 @@ class Scheduler:
         num_stages: int = 1,
         sliding_window: int | None = None,
         step_sizes: Sequence[int] = (),
+        can_raise_max_model_len: bool = True,
     ) -> None:
         _require_at_least_one(
             max_num_seqs=max_num_seqs,
@@ -139,6 +141,7 @@ class Scheduler:
             max_model_len=max_model_len,
             max_computed_tokens=self._blocks.max_tokens_per_request,
             block_pool=block_pool,
+            can_be_raised=can_raise_max_model_len,
         )
 
         self._requests: dict[str, Request] = {}

@@ -205,7 +205,7 @@ def test_priority_admits_the_smallest_first() -> None:
         ({"prompt": []}, "request 'x': the prompt is empty"),
         ({"prompt": 64}, r"64 tokens, .* max_model_len \(64\); .* raise --max-model-len"),
         ({"prompt": 49}, "49 tokens and needs 13 KV blocks of 4 tokens, but there are only 12; "),
-        ({"prompt": 49}, "--gpu-memory-utilization or --num-gpu-blocks-override"),
+        ({"prompt": 49}, "raise .*--num-gpu-blocks-override to 14 at least"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(request_args: dict, message: str) -> None:
