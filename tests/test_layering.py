@@ -69,6 +69,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     },
     "jaxengine/engine_client.py": (*DEVICE, *MODELS, *WHOLE_ENGINE, *OUTSIDE),
     "jaxengine/engine_loop.py": (*DEVICE, *MODELS, *WHOLE_ENGINE, *OUTSIDE),
+    "jaxengine/server/*": (*MODELS, *WHOLE_ENGINE, "jaxengine.cli", "jaxengine.on_ray"),
+    "jaxengine/server/[!e]*": (*DEVICE, "jaxengine.loaded_engine", "jaxengine.llm"),
     "jaxengine/async_llm.py": (*DEVICE, *MODELS, *WHOLE_ENGINE, "jaxengine.server", "transformers"),
     "jaxengine/llm.py": ("jaxengine.cli", "jaxengine.server", "jaxengine.convert"),
     "jaxengine/cli/*": ("jaxengine.engine",),
@@ -282,6 +284,7 @@ def test_the_table_catches_an_import_that_points_up(file: str, source: str) -> N
         ("import jaxengine.cli.main", "jax flax transformers torch"),
         ("import jaxengine.text.output_processor", "jax flax transformers torch"),
         ("import jaxengine.async_llm", "jax flax transformers torch"),
+        ("import jaxengine.server.launcher", "jax flax transformers torch"),
     ],
 )
 def test_an_import_does_not_load(statement: str, absent: str) -> None:

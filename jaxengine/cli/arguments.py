@@ -89,10 +89,10 @@ def json_object(text: str) -> dict[str, Any]:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of EngineConfig but the model, and for vLLM's other ones."""
     group = parser.add_argument_group("engine")
-    helps = _field_helps(EngineConfig)
+    helps = field_helps(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
         if field.name != "model":
-            _add_field(group, field, helps.get(field.name, ""), _default_of(field))
+            add_field(group, field, helps.get(field.name, ""), _default_of(field))
     foreign = parser.add_argument_group(
         "vLLM's other flags",
         "are taken, too: docs/coming-from-vllm.md says of each whether it makes a difference.",
@@ -113,11 +113,11 @@ def add_sampling_arguments(
     group = parser.add_argument_group(
         "sampling", "Defaults are those of the model's generation config, else these."
     )
-    helps = _field_helps(SamplingParams)
+    helps = field_helps(SamplingParams)
     fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
     for name in SAMPLING_FIELDS:
         default = (defaults or {}).get(name, _default_of(fields[name]))
-        _add_field(group, fields[name], helps.get(name, ""), default)
+        add_field(group, fields[name], helps.get(name, ""), default)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def _add_row(group: Any, row: Row) -> None:
     group.add_argument(*flags, **options)
 
 
-def _add_field(group: Any, field: dataclasses.Field[Any], help_text: str, default: Any) -> None:
+def add_field(group: Any, field: dataclasses.Field[Any], help_text: str, default: Any) -> None:
+    """Add a flag for a field of a dataclass; one that is not given is no attribute."""
     flags = ["--" + field.name.replace("_", "-"), *ALIASES.get(field.name, [])]
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     options["help"] = f"{help_text} (default: {default!r})".replace("%", "%%")
@@ -175,7 +176,7 @@ def _add_field(group: Any, field: dataclasses.Field[Any], help_text: str, defaul
     group.add_argument(*flags, **options)
 
 
-def _field_helps(cls: type) -> dict[str, str]:
+def field_helps(cls: type) -> dict[str, str]:
     """Read the field descriptions of a class out of its Google-style docstring."""
     doc = inspect.getdoc(cls) or ""
     section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)

@@ -1,6 +1,7 @@
 """``jaxengine generate | chat | worker | convert | collect-env``: flags in, text out."""
 
 import argparse
+import importlib
 import logging
 import sys
 import time
@@ -27,6 +28,7 @@ from jaxengine.sampling_params import SamplingParams
 
 MakeLLM = Callable[..., Any]
 HELPS = {
+    "serve": "Serve a model in the form of OpenAI's API",
     "generate": "Continue one or more prompts in one batch",
     "chat": "Talk to a model in the terminal",
     "worker": "Run this host's part of a model that another host leads",
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "convert":
         return jaxengine.convert.__main__.main(rest)
+    if command in SERVER_COMMANDS:
+        return _run_server_command(command, rest)
     if command not in COMMANDS:
         _parse_no_command(command)
     run, make_parser = COMMANDS[command]
@@ -66,6 +70,20 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run_server_command(command: str, arguments: Sequence[str]) -> int:
+    """Run what loads a web framework, or speaks to a server, and no engine in this process."""
+    module = importlib.import_module(f"jaxengine.cli.{SERVER_COMMANDS[command]}")
+    try:
+        return module.main(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
 
 
 def generate_parser() -> argparse.ArgumentParser:
@@ -257,6 +275,10 @@ def _one_line(error: Exception) -> str:
     return text if is_ours else f"{type(error).__name__}: {text}"
 
 
+# Command -> its module in this folder, which has a ``main``.
+SERVER_COMMANDS = {
+    "serve": "serve",
+}
 COMMANDS = {
     "generate": (run_generate, generate_parser),
     "chat": (run_chat, chat_parser),
