@@ -34,7 +34,7 @@ def run(directory: str) -> dict[str, Any]:
         assert_idle(llm)
         results[name] = {
             "tokens": output_ids(outputs),
-            "num_preemptions": llm.get_metrics().num_preemptions,
+            "num_preemptions": llm.stats().num_preemptions,
         }
     return results
 
