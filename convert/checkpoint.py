@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxengine.convert.errors import CheckpointError, integer
 from jaxengine.convert.json_file import read_json, read_small_file
+from jaxengine.convert.sentencepiece_tokenizer import needs_tokenizer_json, sentencepiece_files
 from jaxengine.convert.tensors import StoredTensor, read
 
 # What says how text becomes tokens and conversations become text, in every name that is in use.
@@ -85,7 +86,9 @@ class Checkpoint:
         class by that, and not by what tokenizer_config.json says.
         """
         files = self.tokenizer_files()
-        if self.format != "gguf":  # whose files are made for the class that they name
+        if needs_tokenizer_json(files):
+            files = sentencepiece_files(files, self.source)
+        elif self.format != "gguf":  # whose files are made for the class that they name
             files |= read_files(self.source, (CONFIG,))
         write_files(directory, files)
 
@@ -97,6 +100,19 @@ def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
         CheckpointError: If one cannot be read.
     """
     return read_files(directory, TOKENIZER_FILE_PATTERNS)
+
+
+def write_sentencepiece_tokenizer(source: Path, directory: Path) -> bool:
+    """Write the tokenizer of a directory that has a tokenizer.model alone into another.
+
+    Returns:
+        Whether it is such a one; if not, nothing is written.
+    """
+    files = read_tokenizer_files(source) if source.is_dir() else {}
+    if not needs_tokenizer_json(files):
+        return False
+    write_files(directory, sentencepiece_files(files, source))
+    return True
 
 
 def read_files(directory: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from jaxengine.convert.pretokenizers import (
     PRE_TOKENIZERS,
     byte_level,
 )
+from jaxengine.convert.sentencepiece_tokenizer import implied_merges
 
 Json = dict[str, Any]
 Tokenizer = Keys.Tokenizer
@@ -177,11 +178,7 @@ def _stored_merges(metadata: Metadata) -> list[list[str]] | None:
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """The merges a SentencePiece vocabulary implies: each way to make a piece out of two others.
-
-    SentencePiece joins the neighbours whose union has the best score; so the best score ranks
-    first.
-    """
+    """The merges that a SentencePiece vocabulary implies."""
     metadata, ids = vocabulary.metadata, vocabulary.ids
     scores = metadata.items(Tokenizer.SCORES, int, float, least=len(ids))
     if scores is None:
@@ -197,11 +194,7 @@ def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
             f"{metadata.path}: {Tokenizer.LIST} has a piece of {longest} characters, at most "
             f"{MAX_PIECE_LENGTH} are possible: the file is damaged"
         )
-    merges = []
-    for piece in sorted(pieces, key=lambda token: (-pieces[token], ids[token])):
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(left, right) for left, right in halves if left in pieces and right in pieces]
-    return merges
+    return implied_merges(pieces, ids)
 
 
 def _tokenizer_json(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxengine.config import EngineConfig
 from jaxengine.text.tokenizer import Tokenizer, load_tokenizer
-from jaxengine.weights import Checkpoint, open_model
+from jaxengine.weights import Checkpoint, open_model, write_sentencepiece_tokenizer
 
 # Fields of generation_config.json that are sampling parameters too.
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -49,11 +49,12 @@ def read_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer:
     """
     generation_config = {"eos_token_id": checkpoint.eos_token_ids}
     named = config.tokenizer
-    if named is not None and not named.endswith(".gguf"):
-        return load_tokenizer(
-            named, generation_config=generation_config, revision=config.tokenizer_revision
-        )
-    source = checkpoint if named is None else open_model(named)
     with tempfile.TemporaryDirectory(prefix="jaxengine-tokenizer-") as directory:
-        source.write_tokenizer(Path(directory))
+        if named is None or named.endswith(".gguf"):
+            source = checkpoint if named is None else open_model(named)
+            source.write_tokenizer(Path(directory))
+        elif not write_sentencepiece_tokenizer(Path(named), Path(directory)):
+            return load_tokenizer(
+                named, generation_config=generation_config, revision=config.tokenizer_revision
+            )
         return load_tokenizer(directory, generation_config=generation_config)

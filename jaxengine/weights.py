@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from jaxengine import convert
 from jaxengine.convert import Checkpoint, Parameter
-from jaxengine.convert.checkpoint import read_tokenizer_files
+from jaxengine.convert.checkpoint import read_tokenizer_files, write_sentencepiece_tokenizer
 from jaxengine.convert.json_file import read_json
 from jaxengine.convert.overrides import Overrides, override_config
 
 __all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
-           "param_specs", "random_params"]  # fmt: skip
+           "param_specs", "random_params", "write_sentencepiece_tokenizer"]  # fmt: skip
 
 Params = dict[str, jax.Array]
 Index = tuple[slice, ...]
