@@ -572,6 +572,9 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
             if problem.has_sinks:  # as a key without a value
                 lowest, nothing = refs.sinks[head] * LOG2_E, 1.0
             maximum = plgpu.layout_cast(jnp.full((ROWS,), lowest, jnp.float32), row_layout)
+            if problem.has_sinks and slope is not None:  # what slopes add to a row, see softmax
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
+                maximum = maximum + row.astype(jnp.float32) * slope
             total = plgpu.layout_cast(jnp.full((ROWS,), nothing, jnp.float32), row_layout)
             acc = plgpu.layout_cast(
                 jnp.zeros((ROWS, problem.head_dim), jnp.float32), plgpu.Layout.WGMMA

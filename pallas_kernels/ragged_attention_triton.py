@@ -205,7 +205,9 @@ def _kernel(problem: _Problem, *refs: Any) -> None:
             acc, maximum, total = carry
             key = i * problem.config.tile_kv + jnp.arange(problem.config.tile_kv, dtype=jnp.int32)
             k = load_keys(k_ref, key)
-            scores = _base2_scores(jnp.dot(q, k.T, preferred_element_type=jnp.float32), problem)
+            scores = base2_scores(
+                jnp.dot(q, k.T, preferred_element_type=jnp.float32), problem.options
+            )
             distance = query_position[:, None] - key[None, :]
             if slope is not None:
                 scores -= slope[:, None] * distance.astype(jnp.float32)
@@ -242,9 +244,9 @@ def _kernel(problem: _Problem, *refs: Any) -> None:
         plt.store(out_ref.at[query_index], out.astype(out_ref.dtype), mask=query_mask)
 
 
-def _base2_scores(dots: jax.Array, problem: _Problem) -> jax.Array:
+def base2_scores(dots: jax.Array, options: AttentionOptions) -> jax.Array:
     """Scale (and cap) the dot products, in units whose exponential is ``exp2``."""
-    cap, scale = problem.options.logits_soft_cap, problem.options.scale
+    cap, scale = options.logits_soft_cap, options.scale
     if cap is None:
         return dots * (scale * LOG2_E)
     # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, and cheaper than the library's.
