@@ -1,7 +1,8 @@
 """The first half of a gated feed-forward layer as one Pallas Mosaic GPU kernel, for Hopper.
 
-``silu(x Wg^T) * (x Wu^T)`` for many rows. As two operations the product writes 2F numbers a row to
-memory, and the activation reads them again and writes F; here they never leave the registers.
+``activation(x Wg^T + bg) * (x Wu^T + bu)`` for many rows. As two operations the product writes 2F
+numbers a row to memory, and the activation reads them again and writes F; here they never leave the
+registers.
 
 A persistent program per SM walks the output in tiles of 128 rows. A producer warpgroup copies
 stretches of the rows and of both weights into a ring in shared memory and runs ahead over the ends
@@ -11,10 +12,13 @@ below each other and share the weights: each fetches a part for all. The second 
 ``lag`` stretches late, so that one multiplies while the other computes its activations. Tiles are
 as wide as lets all SMs finish at about the same time, which counts where there are few rows.
 Source: the schedule is that of CUTLASS 3's warp-specialised persistent kernels.
-Limits: bfloat16 or float16; SiLU; whole tiles; else NotImplementedError.
+Limits: bfloat16 or float16; whole tiles; else NotImplementedError. A product without a gate is
+left to XLA, whose matrix products take a bias and an activation along.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxengine.pallas_kernels.activations import erf
 from jaxengine.pallas_kernels.target import DEFAULT_NUM_SMS
 from jaxtyping import Array, Float
 
@@ -34,11 +39,33 @@ TILE_ROWS = ROWS * CONSUMERS
 # Of the output. A gate and an up tile are the columns of one wgmma, which has 256 at most.
 TILE_COLUMNS = (128, 112, 96, 80, 64, 48, 32)
 TILE_COST = 16  # what a tile costs beside its columns, in columns: its rows and its ends
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 COPIES = 3  # into a slot of the ring: rows, gate, up
 # Rows from which on two programs share weights. Long products are limited by power, and a third
 # fewer bytes from the L2 cache save 2 % of it; at 512 and 1,024 rows that costs 5 to 10 % of the
 # time instead (benchmarks/LOG.md).
 SHARING_MIN_ROWS = 2048
+
+
+def _logistic(x: jax.Array) -> jax.Array:
+    return 1 / (1 + jnp.exp2(x * -LOG2_E))
+
+
+def _gelu_by_tanh(x: jax.Array) -> jax.Array:
+    # (1 + tanh(u)) / 2 is the logistic function of 2u.
+    return x * _logistic(x * (GELU_SLOPE + (GELU_SLOPE * 0.044715) * x * x))
+
+
+# In operations that Mosaic has.
+MOSAIC_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: 0.5 * x * (1.0 + erf(x * math.sqrt(0.5))),
+    "gelu_new": _gelu_by_tanh,
+    "gelu_pytorch_tanh": _gelu_by_tanh,
+    "gelu_fast": _gelu_by_tanh,
+    "quick_gelu": lambda x: x * _logistic(1.702 * x),
+    "relu": lambda x: jnp.maximum(x, 0.0),
+    "relu2": lambda x: jnp.maximum(x, 0.0) * jnp.maximum(x, 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,8 @@ class _Problem(NamedTuple):
     tile_columns: int
     tiles: tuple[int, int]  # of the output, a cluster's worth: down, across
     num_clusters: int
+    activation: str
+    has_bias: bool
     interpret: Any
 
     @property
@@ -96,6 +125,7 @@ class _Refs(NamedTuple):
 
     x: Any  # [T, D]
     weight: Any  # [2, F, D]
+    bias: Any  # [2, F], or None
     out: Any  # [T, F]
     x_s: Any  # [num_stages, TILE_ROWS, tile_k]
     weight_s: Any  # [num_stages, 2 tile_columns, tile_k]
@@ -116,24 +146,22 @@ def gated_product_mosaic(
     config: GatedProductConfig | None = None,
     interpret: Any = None,
 ) -> Float[Array, "T F"]:
-    """Return ``silu(x gate^T) * (x up^T)``, accumulated and activated in float32.
+    """Return ``activation(x gate^T + b) * (x up^T + b)``, accumulated and activated in float32.
 
     Args:
         x: Rows.
         weight: Gate and up.
         bias: Of both; None for none.
-        activation: Only "silu".
+        activation: A key of ``ACTIVATIONS``.
         num_sms: Of the GPU.
         config: Tile sizes and schedule; None for the default of the number of rows.
         interpret: ``plgpu.InterpretGPUParams`` to run on the CPU, slowly, for tests.
 
     Raises:
-        NotImplementedError: For an activation, dtype, shape or jax version not served.
+        NotImplementedError: For a dtype, shape or jax version not served.
     """
     config = config or default_config(x.shape[0])
-    _check_supported(x, weight, activation, config)
-    if bias is not None:
-        raise NotImplementedError("gated Mosaic product: a bias")
+    _check_supported(x, weight, config)
     tiles_down, num_columns = x.shape[0] // (TILE_ROWS * config.cluster), weight.shape[1]
     num_clusters = num_sms // config.cluster
     columns = config.tile_columns or best_tile_columns(tiles_down, num_columns, num_clusters)
@@ -144,9 +172,11 @@ def gated_product_mosaic(
         tile_columns=columns,
         tiles=tiles,
         num_clusters=min(num_clusters, tiles[0] * tiles[1]),
+        activation=activation,
+        has_bias=bias is not None,
         interpret=interpret,
     )
-    return _call(problem, x, weight)
+    return _call(problem, x, weight, *([] if bias is None else [bias]))
 
 
 def best_tile_columns(tiles_down: int, num_columns: int, num_clusters: int) -> int:
@@ -165,13 +195,9 @@ def best_tile_columns(tiles_down: int, num_columns: int, num_clusters: int) -> i
     return min((c for c in TILE_COLUMNS if num_columns % c == 0), key=cost)
 
 
-def _check_supported(
-    x: jax.Array, weight: jax.Array, activation: str, config: GatedProductConfig
-) -> None:
+def _check_supported(x: jax.Array, weight: jax.Array, config: GatedProductConfig) -> None:
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError(f"gated Mosaic product: jax {jax.__version__} is too old")
-    if activation != "silu":
-        raise NotImplementedError(f"gated Mosaic product: activation {activation}, not silu")
     if x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype:
         raise NotImplementedError(f"gated Mosaic product: {x.dtype} rows, {weight.dtype} weight")
     widths = (config.tile_columns,) if config.tile_columns else TILE_COLUMNS
@@ -190,7 +216,7 @@ def _check_supported(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # jitted: lowered once for all layers
-def _call(problem: _Problem, x: jax.Array, weight: jax.Array) -> jax.Array:
+def _call(problem: _Problem, x: jax.Array, weight: jax.Array, *bias: jax.Array) -> jax.Array:
     config = problem.config
     kernel = plgpu.kernel(
         functools.partial(_body, problem),
@@ -208,7 +234,7 @@ def _call(problem: _Problem, x: jax.Array, weight: jax.Array) -> jax.Array:
         ),
         **({"interpret": problem.interpret} if problem.interpret else {}),
     )
-    return kernel(x, weight)
+    return kernel(x, weight, *bias)
 
 
 def _scratch_types(problem: _Problem, dtype: Any) -> list[Any]:
@@ -238,7 +264,8 @@ def _scratch_types(problem: _Problem, dtype: Any) -> list[Any]:
 
 
 def _body(problem: _Problem, *refs: Any) -> None:
-    kernel = _Refs(*refs)
+    num_inputs = 2 + problem.has_bias
+    kernel = _Refs(*refs[:num_inputs], *([] if problem.has_bias else [None]), *refs[num_inputs:])
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == PRODUCER)
@@ -317,6 +344,13 @@ def _produce(problem: _Problem, refs: _Refs) -> None:
 def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
     config, columns = problem.config, problem.tile_columns
 
+    def bias_of(side: int, column: jax.Array) -> jax.Array:
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        numbers = plgpu.load(
+            refs.bias, (side, pl.ds(column, columns)), layout=layout, optimized=False
+        )
+        return lax.broadcast_in_dim(numbers.astype(jnp.float32), (ROWS, columns), (1,))
+
     def visit(i: jax.Array, row: jax.Array, column: jax.Array, ring: jax.Array) -> None:
         def slot_of(step: jax.Array) -> jax.Array:
             return lax.rem(ring + step, jnp.int32(config.num_stages))
@@ -346,7 +380,12 @@ def _consume(problem: _Problem, refs: _Refs, warpgroup: jax.Array) -> None:
         acc = lax.optimization_barrier(acc)
         plgpu.barrier_arrive(refs.free.at[slot_of(jnp.int32(problem.num_steps - 1))])
         gate, up = acc[:, :columns], acc[:, columns:]
-        out = (gate * up / (1 + jnp.exp2(gate * -LOG2_E))).astype(refs.out.dtype)
+        if problem.has_bias:
+            gate, up = gate + bias_of(0, column), up + bias_of(1, column)
+        if problem.activation in ("silu", "swish"):
+            out = (gate * up / (1 + jnp.exp2(gate * -LOG2_E))).astype(refs.out.dtype)
+        else:
+            out = (MOSAIC_ACTIVATIONS[problem.activation](gate) * up).astype(refs.out.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before
         refs.out_s.at[warpgroup][...] = out
         plgpu.commit_smem()

@@ -72,6 +72,7 @@ def rope_kv_write_triton(
     Raises:
         NotImplementedError: If the dtype is not of 16 bits, or the cache's differs.
     """
+    dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16) or k_cache.dtype != dtype:
         raise NotImplementedError(f"dtypes {dtype} and {k_cache.dtype}: not one 16-bit type")
     _, _, rows, head_dim = addends.shape

@@ -1,5 +1,6 @@
 """The fused gated product equals its reference, lowers for CUDA, and is taken where it serves."""
 
+import functools
 import re
 from typing import Any
 
@@ -164,11 +165,38 @@ def test_a_lag_that_nobody_would_end_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize(("activation", "dtype"), [("gelu", jnp.bfloat16), ("silu", jnp.float32)])
-def test_mosaic_refuses_what_it_does_not_compute(activation: str, dtype: Any) -> None:
-    x, weight = arrays(256, 128, 64, dtype)
+@needs_new_jax
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mosaic_serves_every_activation_with_biases(activation: str) -> None:
+    x, weight = arrays(128, 64, 64)
+    bias = jnp.linspace(-1, 1, 128).reshape(2, 64).astype(jnp.bfloat16)
+    found = gated_product_mosaic.gated_product_mosaic(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        num_sms=2,
+        config=GatedProductConfig(num_stages=2),
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    in_float32 = (array.astype(jnp.float32) for array in (x, weight, bias))
+    expected = gated_product_reference(*in_float32, activation=activation)
+    assert relative_error(found, np.asarray(expected, np.float64)) < 1e-2
+
+
+@needs_new_jax
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mosaic_lowers_with_every_activation_and_biases(activation: str) -> None:
+    run = functools.partial(gated_product_mosaic.gated_product_mosaic, activation=activation)
+    shapes = ((256, 1024), (2, 3072, 1024), (2, 3072))
+    arguments = [jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in shapes]
+    assert "gated_product_mosaic" in lower_for_cuda(run, *arguments)
+
+
+def test_mosaic_refuses_float32() -> None:
+    x, weight = arrays(256, 128, 64, jnp.float32)
     with pytest.raises(NotImplementedError):
-        gated_product(x, weight, activation=activation, target=H100, implementation="mosaic")
+        gated_product(x, weight, activation="silu", target=H100, implementation="mosaic")
 
 
 @pytest.mark.parametrize(
