@@ -18,7 +18,7 @@ where s is ``residual_scale``. A sequential layer with out norms is the sandwich
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class AttentionSpec:
             (arXiv:2108.12409); None for none.
         has_sinks: Whether each head has one more column of the softmax, whose value is nothing.
         head_norm: Norms of queries and keys.
-        qkv_clip: Queries, keys and values are cut to [-clip, clip].
+        qkv_clip: Queries, keys and values are cut to [-clip, clip], after a norm over all heads.
     """
 
     num_heads: int
@@ -119,6 +119,47 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class LatentAttentionSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) of one layer.
+
+    What is cached of a token is one vector for all heads: a normalised latent c, from which each
+    head's key and value follow, and a key part that is rotated. Head n scores a token by
+    ``scale * (q_nope . (U_n c) + q_rope . k_rope)`` and takes ``V_n c`` of it.
+
+    Attributes:
+        num_heads: N.
+        latent_dim: Length of c.
+        rope_dim: Length of the rotated part of a query or key.
+        nope_dim: Length of the other part.
+        value_dim: Length of a head's value.
+        scale: Factor on the scores, with what yarn adds to it.
+        rope: Of ``rope_dim`` dimensions.
+        norm: Of the latents.
+        query_rank: Length of a latent that queries are made of; None if there is none.
+        has_bias: Whether the projections to the latents and the output have biases.
+    """
+
+    num_heads: int
+    latent_dim: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec
+    norm: NormSpec
+    query_rank: int | None = None
+    has_bias: bool = False
+
+    num_kv_heads: ClassVar[int] = 1
+    sliding_window: ClassVar[None] = None
+
+    @property
+    def head_dim(self) -> int:
+        """H, of what is cached: the latent, then the rotated key."""
+        return self.latent_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class FeedForwardSpec:
     """A feed-forward layer: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` ungated."""
 
@@ -127,6 +168,73 @@ class FeedForwardSpec:
     is_gated: bool = True
     up_bias: bool = False
     down_bias: bool = False
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """Which experts a token goes to, and with which weights.
+
+    From logits l [E], in float32: ::
+
+        softmax         s = softmax(l); the largest s are chosen, and are the weights
+        sigmoid         s = sigmoid(l), likewise
+        softmax_chosen  the largest l are chosen, and their softmax are the weights
+        sparsemixer     as SparseMixer-v2 does when it does not train (arXiv:2409.12136)
+
+    Attributes:
+        kind: Which of those.
+        is_normalised: Whether the weights are divided by their sum.
+        scale: Factor on the weights.
+        has_bias: Whether a bias is added to l.
+        has_correction: Whether a learned number an expert is added to s for the choice alone
+            (arXiv:2408.15664).
+        num_groups: Runs of experts, of which only the best are chosen from; 1 for no such limit.
+        num_chosen_groups: How many.
+        group_score: A group counts as its largest s, or as the sum of its two largest.
+        tolerance: sparsemixer's: how far below the largest logit, as a share of it, others count.
+        weighs_input: Whether the weight multiplies what an expert reads, not what it returns.
+    """
+
+    kind: Literal["softmax", "sigmoid", "softmax_chosen", "sparsemixer"] = "softmax"
+    is_normalised: bool = False
+    scale: float = 1.0
+    has_bias: bool = False
+    has_correction: bool = False
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    tolerance: float = 0.0
+    weighs_input: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """A mixture: each token goes through few of many feed-forward layers, all of one shape.
+
+    Attributes:
+        num_experts: E.
+        num_experts_per_token: How many a token goes through.
+        intermediate_size: F of each.
+        activation: Of the gate.
+        router: How they are chosen.
+        swiglu_limit: gpt-oss's gate: ``(up + 1) * gate * sigmoid(alpha * gate)`` with gate at most
+            the limit and up between it and its negative; None for ``act(gate) * up``.
+        swiglu_alpha: That alpha.
+        has_bias: Whether the products of an expert have biases.
+        shared: What every token goes through as well; None for nothing.
+        has_shared_gate: Whether the sigmoid of one more product weighs that.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    activation: str
+    router: RouterSpec = RouterSpec()
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    has_bias: bool = False
+    shared: FeedForwardSpec | None = None
+    has_shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,8 +249,8 @@ class LayerSpec:
         residual_scale: s, on what is added to the stream.
     """
 
-    attention: AttentionSpec | None
-    feed_forward: FeedForwardSpec | None
+    attention: AttentionSpec | LatentAttentionSpec | None
+    feed_forward: FeedForwardSpec | ExpertsSpec | None
     attention_norm: NormSpec | None = NormSpec()
     feed_forward_norm: NormSpec | None = NormSpec()
     attention_out_norm: NormSpec | None = None

@@ -1,0 +1,67 @@
+"""Products of groups of rows in plain jnp: the specification.
+
+On a GPU, and on a CPU too, XLA expands such a product over all groups: it costs hundreds of times
+what it should, and is here to be compared with.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxengine.pallas_kernels.gating import Gating
+from jaxtyping import Array, Float, Int
+
+
+def grouped_product_reference(
+    x: Float[Array, "R I"],
+    weight: Float[Array, "E O I"],
+    group_sizes: Int[Array, " E"],
+    *,
+    bias: Float[Array, "E O"] | None = None,
+    row_weights: Float[Array, " R"] | None = None,
+) -> Float[Array, "R O"]:
+    """As ``grouped_product``, in float32 until the last; rows of no group are zeros."""
+    product = _ragged(x, weight, group_sizes)
+    if bias is not None:
+        product = product + _of_groups(bias, group_sizes, x.shape[0])
+    if row_weights is not None:
+        product = product * row_weights[:, None]
+    return product.astype(x.dtype)
+
+
+def grouped_gated_product_reference(
+    x: Float[Array, "T D"],
+    weight: Float[Array, "E 2 F D"],
+    group_sizes: Int[Array, " E"],
+    *,
+    rows: Int[Array, " R"] | None = None,
+    bias: Float[Array, "E 2 F"] | None = None,
+    gating: Gating,
+) -> Float[Array, "R F"]:
+    """As ``grouped_gated_product``, in float32 until the last; rows of no group are zeros."""
+    E, _, F, D = weight.shape
+    read = x if rows is None else x[rows]
+    product = _ragged(read, weight.reshape(E, 2 * F, D), group_sizes).reshape(-1, 2, F)
+    if bias is not None:
+        product = product + _of_groups(bias, group_sizes, read.shape[0])
+    return gating(product[:, 0], product[:, 1]).astype(x.dtype)
+
+
+def _ragged(
+    x: Float[Array, "R I"], weight: Float[Array, "E O I"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R O"]:
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    return jax.lax.ragged_dot_general(
+        x, weight, group_sizes, dimensions, preferred_element_type=jnp.float32
+    )
+
+
+def _of_groups(
+    bias: Float[Array, "E *shape"], group_sizes: Int[Array, " E"], num_rows: int
+) -> Float[Array, "R *shape"]:
+    """Each row's own bias; 0 for rows of no group."""
+    ends = jnp.cumsum(group_sizes)
+    group = jnp.searchsorted(ends, jnp.arange(num_rows), side="right")
+    return jnp.take(bias.astype(jnp.float32), group, axis=0, mode="fill", fill_value=0.0)
