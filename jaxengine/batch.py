@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxengine.pallas_kernels.peers import Peers
 
@@ -49,6 +49,16 @@ class InputBatch:
     decode_only: bool = dataclasses.field(metadata={"static": True})
     last_tokens_only: bool = dataclasses.field(default=False, metadata={"static": True})
     peers: Peers | None = None
+
+    @property
+    def is_real_token(self) -> Bool[Array, " T"]:
+        """Which tokens are no padding."""
+        return jnp.arange(self.token_ids.shape[0]) < self.query_start_loc[-1]
+
+    @property
+    def is_real_row(self) -> Bool[Array, " B"]:
+        """Which rows are no padding."""
+        return self.seq_lens > 0
 
     def of_group(self, group: int) -> "InputBatch":
         """Return the batch with the block table of one group of layers."""

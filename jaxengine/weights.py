@@ -219,6 +219,8 @@ def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
         raise ValueError(
             f"{source.path} has shape {source.shape}, the model needs {spec.checkpoint_shape}"
         )
+    # Few parameters have a type of their own; the others are of this already.
+    source = dataclasses.replace(source, dtype=np.dtype(spec.dtype))
     read: Callable[[Index | None], np.ndarray] = source.load
     if spec.kv_repeats > 1:
         read = _repeat_kv_heads(source, spec.rolled_shape)

@@ -140,8 +140,6 @@ class Attention(nnx.Module):
         if clip is None and not self._has_norms_of_its_own:
             return addends, cos_sin
         qkv = sum_addends(addends, x.dtype)
-        if clip is not None:
-            qkv = jnp.clip(qkv, -clip, clip)
         if self._has_norms_of_its_own:
             assert self.spec.head_norm is not None
             assert self.q_norm is not None
@@ -151,6 +149,8 @@ class Attention(nnx.Module):
                 qkv = normalise_over_heads(qkv, *norms)
             else:
                 qkv, cos_sin = normalise_rotated_heads(qkv, cos_sin, *norms), None
+        if clip is not None:
+            qkv = jnp.clip(qkv, -clip, clip)
         return Addends((qkv[None],), None), cos_sin
 
     @property

@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
-from jaxengine.convert.model_spec import LayerSpec, NormSpec
+from jaxengine.convert.model_spec import ExpertsSpec, LayerSpec, NormSpec
 from jaxengine.layers.attention import Attention, CosSin, KVPair
+from jaxengine.layers.experts import Experts
 from jaxengine.layers.mlp import FeedForward
 from jaxengine.layers.norm import Norm, join
 from jaxengine.models.options import ModelOptions
@@ -68,11 +69,13 @@ class DecoderLayer(nnx.Module):
                 **shared,
             )
         )
-        self.mlp = (
-            None
-            if spec.feed_forward is None
-            else FeedForward(hidden_size, spec.feed_forward, **shared)
-        )
+        self.mlp: FeedForward | Experts | None = None
+        if isinstance(spec.feed_forward, ExpertsSpec):
+            self.mlp = Experts(
+                hidden_size, spec.feed_forward, num_shards=options.num_shards, **shared
+            )
+        elif spec.feed_forward is not None:
+            self.mlp = FeedForward(hidden_size, spec.feed_forward, **shared)
 
     @property
     def num_sums(self) -> int:
@@ -174,6 +177,9 @@ class DecoderLayer(nnx.Module):
     def _fed_forward(self, x: Rows, batch: InputBatch) -> Addends | None:
         if self.mlp is None:
             return None
+        if isinstance(self.mlp, Experts):
+            is_real = batch.is_real_row if batch.last_tokens_only else batch.is_real_token
+            return self.mlp.addends(x, is_real=is_real)
         # A faster kernel would spare the one layer of its kind nothing, and the start would have to
         # trace and compile it for every size.
         implementation = "reference" if batch.last_tokens_only else None
