@@ -117,6 +117,11 @@ class AttentionSpec:
     out_bias: bool = False
     qkv_clip: float | None = None
 
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Lengths of what is cached of a token and KV head: its key and its value."""
+        return self.head_dim, self.head_dim
+
 
 @dataclass(frozen=True)
 class LatentAttentionSpec:
@@ -157,6 +162,11 @@ class LatentAttentionSpec:
     def head_dim(self) -> int:
         """H, of what is cached: the latent, then the rotated key."""
         return self.latent_dim + self.rope_dim
+
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Lengths of what is cached of a token: all of it as a key, of which values are a part."""
+        return self.head_dim, 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,14 @@ from typing import Any
 
 from jaxengine.convert.errors import shown
 from jaxengine.convert.families import model_spec
-from jaxengine.convert.model_spec import AttentionSpec, FeedForwardSpec, ModelSpec, RopeSpec
+from jaxengine.convert.model_spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    RopeSpec,
+)
 from jaxengine.convert.quantised import quantisation_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -73,7 +80,7 @@ class ModelConfig:
         return self.spec.max_position_embeddings
 
     @property
-    def attention(self) -> AttentionSpec:
+    def attention(self) -> AttentionSpec | LatentAttentionSpec:
         """The widest attention of a layer, which those who estimate sizes take for all."""
         return max(self._attentions, key=lambda a: (a.num_kv_heads * a.head_dim, a.num_heads))
 
@@ -99,9 +106,26 @@ class ModelConfig:
 
     @property
     def intermediate_size(self) -> int:
-        """F, of the layer that is widest."""
+        """F, of the layer that is widest and serves every token; 0 if there is none."""
+        parts = [layer.feed_forward for layer in self.spec.layers]
+        parts += [part.shared for part in parts if isinstance(part, ExpertsSpec)]
+        widths = [part.intermediate_size for part in parts if isinstance(part, FeedForwardSpec)]
+        return max(widths, default=0)
+
+    @property
+    def mixtures(self) -> tuple[ExpertsSpec, ...]:
+        """Those that the layers have, each once."""
         parts = (layer.feed_forward for layer in self.spec.layers)
-        return max(part.intermediate_size for part in parts if isinstance(part, FeedForwardSpec))
+        return tuple(dict.fromkeys(part for part in parts if isinstance(part, ExpertsSpec)))
+
+    @property
+    def activation_size(self) -> int:
+        """Numbers that a token needs at the widest place of a layer, about."""
+        experts = [
+            mixture.num_experts_per_token * (2 * mixture.intermediate_size + self.hidden_size)
+            for mixture in self.mixtures
+        ]
+        return 3 * self.intermediate_size + 2 * self.hidden_size + max(experts, default=0)
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:
@@ -115,7 +139,7 @@ class ModelConfig:
         return windows.pop() if len(windows) == 1 else None
 
     @property
-    def _attentions(self) -> list[AttentionSpec]:
+    def _attentions(self) -> list[AttentionSpec | LatentAttentionSpec]:
         return [layer.attention for layer in self.spec.layers if layer.attention is not None]
 
 

@@ -62,9 +62,23 @@ def held_kv_heads(num_kv_heads: int, num_shards: int) -> int:
 
 
 def check_tensor_parallel_size(
-    size: int, *, num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int
+    size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    mixtures: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Raise if a model cannot be cut into ``size`` equal shards.
+
+    Args:
+        size: How many.
+        num_heads: N.
+        num_kv_heads: K.
+        intermediate_size: F of layers that serve every token; 0 for none.
+        vocab_size: V.
+        mixtures: Experts and their F, one of which must divide.
 
     Raises:
         ValueError: Naming the dimension that does not divide and the sizes that work.
@@ -76,10 +90,12 @@ def check_tensor_parallel_size(
         and intermediate_size % n == 0
         and vocab_size % n == 0
         and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
+        and all(num_experts % n == 0 or width % n == 0 for num_experts, width in mixtures)
     ]
     if size not in valid:
+        experts = "".join(f", {E} experts or their width {F}" for E, F in mixtures)
         raise ValueError(
             f"tensor_parallel_size {size} does not divide num_heads {num_heads}, num_kv_heads "
-            f"{num_kv_heads}, intermediate_size {intermediate_size} and vocab_size {vocab_size} "
-            f"evenly: use one of {valid}"
+            f"{num_kv_heads}, intermediate_size {intermediate_size}{experts} and vocab_size "
+            f"{vocab_size} evenly: use one of {valid}"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxengine.pallas_kernels.gated_product import ACTIVATIONS
+from jaxengine.pallas_kernels.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)

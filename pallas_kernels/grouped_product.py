@@ -5,7 +5,7 @@ row needs: an expert that no token has chosen is neither read nor multiplied.
 """
 
 import jax
-from jaxengine.pallas_kernels.backends import load_function
+from jaxengine.pallas_kernels.backends import call_kernel
 from jaxengine.pallas_kernels.gating import Gating
 from jaxengine.pallas_kernels.grouped_product_reference import (
     grouped_gated_product_reference,
@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 __all__ = ["Gating", "grouped_gated_product", "grouped_product"]
 
 IMPLEMENTATIONS = ("reference", "xla", "triton")
-TRITON = "jaxengine.pallas_kernels.grouped_product_triton"
+TRITON = "jaxengine.pallas_kernels.grouped_product_triton:grouped_product_triton"
+GATED_TRITON = "jaxengine.pallas_kernels.grouped_product_triton:grouped_gated_product_triton"
 
 
 def grouped_product(
@@ -54,17 +55,15 @@ def grouped_product(
         NotImplementedError: If "triton" was asked for and does not serve the shape.
     """
     _check(x, weight, group_sizes, bias, implementation)
-    options = {"bias": bias, "row_weights": row_weights}
-    kernel = implementation or _preferred(target)
+    kernel = target.choice(implementation) or ("triton" if target.is_gpu else "xla")
     if kernel == "triton":
         try:
-            kernel_function = load_function(f"{TRITON}:grouped_product_triton")
-            return kernel_function(x, weight, group_sizes, **options)
+            return call_kernel(TRITON, x, weight, group_sizes, bias, row_weights)
         except NotImplementedError:
             if implementation is not None:
                 raise
     function = grouped_product_reference if kernel == "reference" else grouped_product_xla
-    return function(x, weight, group_sizes, **options)
+    return function(x, weight, group_sizes, bias, row_weights)
 
 
 def grouped_gated_product(
@@ -99,24 +98,16 @@ def grouped_gated_product(
     _check(x, weight, group_sizes, bias, implementation)
     if weight.shape[1] != 2:
         raise ValueError(f"weight is {weight.shape}, not (E, 2, F, {x.shape[1]})")
-    options = {"rows": rows, "bias": bias, "gating": gating}
-    kernel = implementation or _preferred(target)
+    kernel = target.choice(implementation) or ("triton" if target.is_gpu else "xla")
     if kernel == "triton":
         try:
-            kernel_function = load_function(f"{TRITON}:grouped_gated_product_triton")
-            return kernel_function(x, weight, group_sizes, **options)
+            return call_kernel(GATED_TRITON, x, weight, group_sizes, rows, bias, gating=gating)
         except NotImplementedError:
             if implementation is not None:
                 raise
     if kernel == "reference":
-        return grouped_gated_product_reference(x, weight, group_sizes, **options)
-    return grouped_gated_product_xla(x, weight, group_sizes, **options)
-
-
-def _preferred(target: Target) -> str:
-    if target.implementation is not None:
-        return target.implementation
-    return "triton" if target.is_gpu else "xla"
+        return grouped_gated_product_reference(x, weight, group_sizes, rows, bias, gating=gating)
+    return grouped_gated_product_xla(x, weight, group_sizes, rows, bias, gating=gating)
 
 
 def _check(

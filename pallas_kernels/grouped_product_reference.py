@@ -14,7 +14,6 @@ def grouped_product_reference(
     x: Float[Array, "R I"],
     weight: Float[Array, "E O I"],
     group_sizes: Int[Array, " E"],
-    *,
     bias: Float[Array, "E O"] | None = None,
     row_weights: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R O"]:
@@ -31,9 +30,9 @@ def grouped_gated_product_reference(
     x: Float[Array, "T D"],
     weight: Float[Array, "E 2 F D"],
     group_sizes: Int[Array, " E"],
-    *,
     rows: Int[Array, " R"] | None = None,
     bias: Float[Array, "E 2 F"] | None = None,
+    *,
     gating: Gating,
 ) -> Float[Array, "R F"]:
     """As ``grouped_gated_product``, in float32 until the last; rows of no group are zeros."""

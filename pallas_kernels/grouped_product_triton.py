@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxengine.pallas_kernels.few_rows_triton import KERNEL_ACTIVATIONS
+from jaxengine.pallas_kernels.activations import KERNEL_ACTIVATIONS
 from jaxengine.pallas_kernels.gating import Gating
 from jaxengine.pallas_kernels.grouped_tiles import build_grouped_tiles, max_tiles
 from jaxtyping import Array, Float, Int
@@ -88,9 +88,9 @@ def grouped_product_triton(
     x: Float[Array, "R I"],
     weight: Float[Array, "E O I"],
     group_sizes: Int[Array, " E"],
-    *,
     bias: Float[Array, "E O"] | None = None,
     row_weights: Float[Array, " R"] | None = None,
+    *,
     config: GroupedConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R O"]:
@@ -118,9 +118,9 @@ def grouped_gated_product_triton(
     x: Float[Array, "T D"],
     weight: Float[Array, "E 2 F D"],
     group_sizes: Int[Array, " E"],
-    *,
     rows: Int[Array, " R"] | None = None,
     bias: Float[Array, "E 2 F"] | None = None,
+    *,
     gating: Gating,
     config: GroupedConfig | None = None,
     interpret: bool = False,

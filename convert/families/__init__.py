@@ -18,11 +18,14 @@ from jaxengine.convert.families import (
     gpt_bigcode,
     gpt_neo,
     gpt_neox,
+    gpt_oss,
     gptj,
+    granite_moe,
     hunyuan,
     internlm,
     llama,
     llama_variants,
+    mixtures,
     mpt,
     multimodal,
     nemotron,
@@ -31,6 +34,7 @@ from jaxengine.convert.families import (
     persimmon,
     phi,
     phi3,
+    phimoe,
     qwen,
     stablelm,
     starcoder2,
@@ -44,6 +48,7 @@ _MODULES = (
     *(llama, llama_variants, gemma, phi, phi3, olmo, cohere, glm, chatglm, internlm, exaone),
     *(stablelm, starcoder2, nemotron, hunyuan, persimmon, baichuan, qwen, telechat, deci, falcon),
     *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, bloom, mpt, multimodal),
+    *(mixtures, phimoe, granite_moe, gpt_oss),
 )
 _families: dict[str, Family] = {
     architecture: family

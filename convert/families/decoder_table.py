@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jaxengine.convert.families.experts_table import ExpertsLayout, experts_rules
 from jaxengine.convert.model_spec import (
     AttentionSpec,
+    ExpertsSpec,
     FeedForwardSpec,
     LayerSpec,
     ModelSpec,
@@ -45,6 +47,7 @@ class Layout:
         is_transposed: Whether weights of attention and feed-forward are [in, out].
         pairs_neighbours: Whether the rotary embedding turns dimensions 2j and 2j + 1 together.
         head_norms: Names for queries and keys; "{h}" stands for the head where each has a tensor.
+        experts: Where mixtures are.
         project_in: From the token embeddings to the residual stream, where their widths differ.
         project_out: From the residual stream to what the head multiplies.
         renamed: See ``Table``.
@@ -67,6 +70,7 @@ class Layout:
     sinks: str = "self_attn.sinks"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    experts: ExpertsLayout = ExpertsLayout()
     is_transposed: bool = False
     pairs_neighbours: bool = False
     final_norm: str = "model.norm"
@@ -135,6 +139,12 @@ def _layer_rules(D: int, layer: LayerSpec, layout: Layout, path: str, name: str)
         yield from _attention_rules(D, layer.attention, layout, f"{path}.attention", name)
     if isinstance(layer.feed_forward, FeedForwardSpec):
         yield from _feed_forward_rules(D, layer.feed_forward, layout, f"{path}.mlp", name)
+    if isinstance(layer.feed_forward, ExpertsSpec):
+        mixture, own = layer.feed_forward, layout.experts
+        yield from experts_rules(D, mixture, own, f"{path}.mlp", name)
+        if mixture.shared is not None:
+            shared = replace(layout, gate_up=own.shared_gate_up, down=own.shared_down)
+            yield from _feed_forward_rules(D, mixture.shared, shared, f"{path}.mlp.shared", name)
 
 
 def _attention_rules(
@@ -149,7 +159,7 @@ def _attention_rules(
     if attention.out_bias:
         yield same(f"{path}.o_proj.bias", f"{out}.bias", (D,))
     if attention.has_sinks:
-        yield same(f"{path}.sinks.weight", f"{name}.{layout.sinks}", (N,))
+        yield same(f"{path}.sinks", f"{name}.{layout.sinks}", (N,))
     if attention.head_norm is not None:
         for kind, theirs, heads in (
             ("q_norm", layout.head_norms[0], N),

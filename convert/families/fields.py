@@ -200,3 +200,10 @@ def max_positions(config: Config, *names: str, default: Any = _REQUIRED) -> int:
     return integer(
         config, *(names or ("max_position_embeddings",)), default=default, high=MAX_LENGTH
     )
+
+
+def window(config: Config, default: int | None = None) -> int | None:
+    """The sliding window, in tokens; None where it is null, or absent without a ``default``."""
+    if config.get("sliding_window", default) is None:
+        return None
+    return integer(config, "sliding_window", default=default, high=MAX_LENGTH)

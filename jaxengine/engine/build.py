@@ -177,6 +177,7 @@ def _new_runner(
         num_kv_heads=model.num_kv_heads,
         intermediate_size=model.intermediate_size,
         vocab_size=model.vocab_size,
+        mixtures=[(own.num_experts, own.intermediate_size) for own in model.mixtures],
     )
     # A step in each stage and one waiting, so that the devices never wait for the host.
     max_in_flight = config.pipeline_parallel_size + config.async_scheduling
@@ -193,7 +194,7 @@ def _new_runner(
             min_decode_rows=limits.min_decode_rows,
         ),
         vocab_size=model.vocab_size,
-        activation_size=3 * model.intermediate_size + 2 * model.hidden_size,
+        activation_size=model.activation_size,
         max_num_seqs=limits.max_num_seqs,
         max_in_flight=max_in_flight,
         hooks=hooks,

@@ -102,7 +102,9 @@ def _longrope(
             f"{rope.rotary_dim // 2} frequencies is needed"
         )
     inverse = 1.0 / (np.asarray(factors, np.float64) * rope.theta**exponents)
-    attention_factor = rope.get("attention_factor")
+    # Phi 3.5 MoE names the factors on cos and sin too, for short sequences and for long ones.
+    own = rope.get("long_mscale" if max_model_len > original else "short_mscale")
+    attention_factor = rope.get("attention_factor", own)
     if attention_factor is None:
         growth = math.log(factor) / math.log(original) if factor > 1 else 0.0
         attention_factor = math.sqrt(1 + growth)

@@ -69,13 +69,16 @@ class DecoderLayer(nnx.Module):
                 **shared,
             )
         )
-        self.mlp: FeedForward | Experts | None = None
-        if isinstance(spec.feed_forward, ExpertsSpec):
-            self.mlp = Experts(
-                hidden_size, spec.feed_forward, num_shards=options.num_shards, **shared
-            )
-        elif spec.feed_forward is not None:
-            self.mlp = FeedForward(hidden_size, spec.feed_forward, **shared)
+        self.mlp = self._new_feed_forward(hidden_size, options.num_shards, shared)
+
+    def _new_feed_forward(
+        self, hidden_size: int, num_shards: int, shared: dict[str, Any]
+    ) -> FeedForward | Experts | None:
+        if (own := self.spec.feed_forward) is None:
+            return None
+        if isinstance(own, ExpertsSpec):
+            return Experts(hidden_size, own, num_shards=num_shards, **shared)
+        return FeedForward(hidden_size, own, **shared)
 
     @property
     def num_sums(self) -> int:

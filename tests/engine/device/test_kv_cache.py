@@ -32,7 +32,7 @@ def test_deci_pays_for_each_layers_own_heads_and_not_for_the_widest() -> None:
 
 def test_heads_are_repeated_up_to_the_number_of_shards() -> None:
     heads = kv_heads(ModelConfig.from_hf(DECI_7B), range(12, 24), num_shards=2)
-    assert heads == ((2, 128),) * 12
+    assert heads == ((2, 128, 128),) * 12
 
 
 def test_a_layer_without_attention_takes_nothing() -> None:
@@ -42,7 +42,7 @@ def test_a_layer_without_attention_takes_nothing() -> None:
     spec = ModelConfig.from_hf(
         {**DECI_7B, "num_key_value_heads_per_layer": None, "block_configs": blocks}
     )
-    assert kv_heads(spec, range(32), num_shards=1) == ((4, 128),) * 16
+    assert kv_heads(spec, range(32), num_shards=1) == ((4, 128, 128),) * 16
 
 
 def test_an_engine_serves_layers_of_different_kv_heads(tmp_path: Path) -> None:
