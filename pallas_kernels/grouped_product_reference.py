@@ -57,10 +57,8 @@ def _ragged(
     )
 
 
-def _of_groups(
-    bias: Float[Array, "E *shape"], group_sizes: Int[Array, " E"], num_rows: int
-) -> Float[Array, "R *shape"]:
-    """Each row's own bias; 0 for rows of no group."""
+def _of_groups(bias: Array, group_sizes: Int[Array, " E"], num_rows: int) -> Array:
+    """Each row's own bias [R, ...] of those of the groups [E, ...]; 0 for rows of no group."""
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(num_rows), side="right")
     return jnp.take(bias.astype(jnp.float32), group, axis=0, mode="fill", fill_value=0.0)

@@ -230,7 +230,8 @@ def _kernel(
             biases = [plt.load(bias_ref.at[place]).astype(jnp.float32) for place in places]
             products = tuple(p + bias[None, :] for p, bias in zip(products, biases, strict=True))
         if problem.gating is not None:
-            result = problem.gating(*products, activations=KERNEL_ACTIVATIONS)
+            gate, up = products
+            result = problem.gating(gate, up, activations=KERNEL_ACTIVATIONS)
         else:
             (result,) = products
         if row_weights_ref is not None:

@@ -115,4 +115,4 @@ def _loop(
         return lax.dynamic_update_slice_in_dim(out, stored, start, 0)
 
     out = jnp.zeros((num_rows + tile, num_out), x.dtype)
-    return lax.fori_loop(0, tiles.count, step, out)[:num_rows]
+    return lax.fori_loop(0, tiles.total, step, out)[:num_rows]

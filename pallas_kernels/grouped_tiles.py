@@ -13,13 +13,13 @@ class GroupedTiles(NamedTuple):
         group: Whose rows they are.
         start: First row.
         end: Where the group's rows end; a tile takes fewer than its length there.
-        count: How many tiles there are.
+        total: How many tiles there are.
     """
 
     group: Int[Array, " M"]
     start: Int[Array, " M"]
     end: Int[Array, " M"]
-    count: Int[Array, ""]
+    total: Int[Array, ""]
 
 
 def max_tiles(num_rows: int, num_groups: int, tile_rows: int) -> int:

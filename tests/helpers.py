@@ -78,6 +78,9 @@ def save_tiny_model(directory: Path, family: str, seed: int = 0, **overrides: An
                 parameter.copy_(offset + 0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return model
 

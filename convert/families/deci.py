@@ -16,7 +16,7 @@ from jaxengine.convert.families import fields, llama
 from jaxengine.convert.families.decoder_table import decoder_table
 from jaxengine.convert.families.family import Family
 from jaxengine.convert.families.fields import Config
-from jaxengine.convert.model_spec import FeedForwardSpec, LayerSpec, ModelSpec
+from jaxengine.convert.model_spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
@@ -47,7 +47,7 @@ def _known(config: Config) -> dict[str, Any]:
 
 
 def _with_kv_heads(layer: LayerSpec, num_kv_heads: int) -> LayerSpec:
-    assert layer.attention is not None
+    assert isinstance(layer.attention, AttentionSpec)
     fields.check_groups(layer.attention.num_heads, num_kv_heads)
     return replace(layer, attention=replace(layer.attention, num_kv_heads=num_kv_heads))
 

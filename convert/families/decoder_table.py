@@ -135,7 +135,7 @@ def _layer_rules(D: int, layer: LayerSpec, layout: Layout, path: str, name: str)
         ("mlp_out_norm", layout.feed_forward_out_norm, layer.feed_forward_out_norm),
     ):
         yield from norm_rules(f"{path}.{ours}", f"{name}.{theirs}", norm, (D,))
-    if layer.attention is not None:
+    if isinstance(layer.attention, AttentionSpec):
         yield from _attention_rules(D, layer.attention, layout, f"{path}.attention", name)
     if isinstance(layer.feed_forward, FeedForwardSpec):
         yield from _feed_forward_rules(D, layer.feed_forward, layout, f"{path}.mlp", name)

@@ -41,9 +41,7 @@ def spec(config: Config) -> ModelSpec:
         head_dim=64,
         rope_theta=150000.0,
     )
-    layers = (
-        replace(layer, attention=replace(layer.attention, has_sinks=True)) for layer in base.layers
-    )
+    base = llama.each_attention(base, lambda _, own: replace(own, has_sinks=True))
     mixture = mixture_spec(
         config,
         router=RouterSpec("softmax_chosen", has_bias=True),
@@ -57,7 +55,7 @@ def spec(config: Config) -> ModelSpec:
         swiglu_limit=fields.number(config, "swiglu_limit", default=7.0, low=0.0),
         swiglu_alpha=fields.number(config, "swiglu_alpha", default=1.702),
     )
-    return with_mixtures(replace(base, layers=tuple(layers)), mixture)
+    return with_mixtures(base, mixture)
 
 
 def _windows(config: Config) -> tuple[int | None, ...]:
@@ -69,4 +67,11 @@ def _windows(config: Config) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-FAMILIES = (Family(("GptOssForCausalLM",), spec, functools.partial(decoder_table, layout=LAYOUT)),)
+FAMILIES = (
+    Family(
+        ("GptOssForCausalLM",),
+        spec,
+        functools.partial(decoder_table, layout=LAYOUT),
+        "gpt-oss 20b and 120b",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Granite's mixtures: Llama's shape with factors on embeddings, residuals, scores and logits.
+"""Granite's mixtures: Granite with experts, and in GraniteMoeShared a layer beside them.
 
 Source: the configurations and the modules of transformers' GraniteMoe and GraniteMoeShared.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from jaxengine.convert.families import fields, llama
+from jaxengine.convert.families import fields
 from jaxengine.convert.families.decoder_table import Layout, decoder_table
 from jaxengine.convert.families.experts_table import ExpertsLayout
 from jaxengine.convert.families.family import Family
 from jaxengine.convert.families.fields import Config
+from jaxengine.convert.families.llama_variants import granite_spec
 from jaxengine.convert.families.mixture_fields import mixture_spec, with_mixtures
-from jaxengine.convert.model_spec import EmbeddingSpec, FeedForwardSpec, ModelSpec, RouterSpec
+from jaxengine.convert.model_spec import FeedForwardSpec, ModelSpec, RouterSpec
 
 LAYOUT = Layout(
     experts=ExpertsLayout(
@@ -29,20 +30,7 @@ LAYOUT = Layout(
 
 def spec(config: Config) -> ModelSpec:
     """The spec of a GraniteMoeForCausalLM or GraniteMoeSharedForCausalLM config."""
-    bias = fields.flag(config, "attention_bias")
-    base = llama.llama_like_spec(
-        config,
-        qkv_bias=bias,
-        out_bias=bias,
-        embedding=EmbeddingSpec(fields.number(config, "embedding_multiplier", default=1.0)),
-    )
-    scale = fields.number(config, "attention_multiplier", default=1.0)
-    residual_scale = fields.number(config, "residual_multiplier", default=1.0)
-    layers = (
-        replace(own, attention=replace(own.attention, scale=scale), residual_scale=residual_scale)
-        for own in base.layers
-    )
-    divisor = fields.number(config, "logits_scaling", default=1.0, low=1e-6)
+    base = granite_spec(config)
     mixture = mixture_spec(
         config,
         router=RouterSpec("softmax_chosen"),
@@ -52,8 +40,7 @@ def spec(config: Config) -> ModelSpec:
     )
     if width := fields.integer(config, "shared_intermediate_size", default=0, low=0):
         mixture = replace(mixture, shared=FeedForwardSpec(width, mixture.activation))
-    head = replace(base.head, scale=1 / divisor)
-    return with_mixtures(replace(base, layers=tuple(layers), head=head), mixture)
+    return with_mixtures(base, mixture)
 
 
 FAMILIES = (
@@ -61,5 +48,6 @@ FAMILIES = (
         ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         spec,
         functools.partial(decoder_table, layout=LAYOUT),
+        "Granite 3.0 and 3.1 1B-A400M and 3B-A800M, PowerMoE 3B",
     ),
 )

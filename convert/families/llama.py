@@ -117,7 +117,7 @@ def each_attention(
     """The same model with the attention of each layer changed, by its number."""
 
     def changed(number: int, layer: LayerSpec) -> LayerSpec:
-        assert layer.attention is not None
+        assert isinstance(layer.attention, AttentionSpec)
         return replace(layer, attention=change(number, layer.attention))
 
     return each_layer(spec, changed)

@@ -93,9 +93,9 @@ def olmoe_spec(config: Config) -> ModelSpec:
     norm = base.final_norm
     assert norm is not None
     clip = fields.number(config, "clip_qkv", default=None, low=0.0)
-    attention = {"head_norm": HeadNormSpec(norm, "all"), "qkv_clip": clip}
-    layers = (
-        replace(layer, attention=replace(layer.attention, **attention)) for layer in base.layers
+    head_norm = HeadNormSpec(norm, "all")
+    base = llama.each_attention(
+        base, lambda _, own: replace(own, head_norm=head_norm, qkv_clip=clip)
     )
     mixture = mixture_spec(
         config,
@@ -104,7 +104,7 @@ def olmoe_spec(config: Config) -> ModelSpec:
         num_chosen=8,
         width="intermediate_size",
     )
-    return with_mixtures(replace(base, layers=tuple(layers)), mixture)
+    return with_mixtures(base, mixture)
 
 
 def _table(experts: ExpertsLayout) -> functools.partial:
@@ -112,8 +112,18 @@ def _table(experts: ExpertsLayout) -> functools.partial:
 
 
 FAMILIES = (
-    Family(("MixtralForCausalLM",), mixtral_spec, _table(BLOCK_SPARSE)),
-    Family(("Qwen2MoeForCausalLM",), qwen2_spec, _table(QWEN_EXPERTS)),
-    Family(("Qwen3MoeForCausalLM",), qwen3_spec, _table(ExpertsLayout())),
-    Family(("OlmoeForCausalLM",), olmoe_spec, _table(ExpertsLayout())),
+    Family(("MixtralForCausalLM",), mixtral_spec, _table(BLOCK_SPARSE), "Mixtral 8x7B and 8x22B"),
+    Family(
+        ("Qwen2MoeForCausalLM",),
+        qwen2_spec,
+        _table(QWEN_EXPERTS),
+        "Qwen 1.5 MoE A2.7B, Qwen 2 57B-A14B",
+    ),
+    Family(
+        ("Qwen3MoeForCausalLM",),
+        qwen3_spec,
+        _table(ExpertsLayout()),
+        "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
+    ),
+    Family(("OlmoeForCausalLM",), olmoe_spec, _table(ExpertsLayout()), "OLMoE 1B-7B"),
 )

@@ -28,9 +28,8 @@ def spec(config: Config) -> ModelSpec:
         out_bias=bias,
         windows=(fields.window(config),) * fields.num_layers(config),
         rope_theta=1e6,
-        final_norm=norm,
+        norm=norm,
     )
-    layers = (replace(own, attention_norm=norm, feed_forward_norm=norm) for own in base.layers)
     head = replace(base.head, has_bias=fields.flag(config, "lm_head_bias"))
     tolerance = fields.number(config, "router_jitter_noise", default=0.01, low=0.0)
     mixture = mixture_spec(
@@ -40,8 +39,15 @@ def spec(config: Config) -> ModelSpec:
         num_chosen=2,
         width="intermediate_size",
     )
-    return with_mixtures(replace(base, layers=tuple(layers), head=head), mixture)
+    return with_mixtures(replace(base, head=head), mixture)
 
 
 LAYOUT = Layout(experts=BLOCK_SPARSE)
-FAMILIES = (Family(("PhimoeForCausalLM",), spec, functools.partial(decoder_table, layout=LAYOUT)),)
+FAMILIES = (
+    Family(
+        ("PhimoeForCausalLM", "PhiMoEForCausalLM"),
+        spec,
+        functools.partial(decoder_table, layout=LAYOUT),
+        "Phi 3.5 MoE, Phi tiny and mini MoE",
+    ),
+)

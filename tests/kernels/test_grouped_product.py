@@ -136,15 +136,13 @@ def test_every_kernel_activation_of_the_gate_equals_xlas() -> None:
     for activation in ("gelu", "gelu_new", "relu", "quick_gelu"):
         options: dict[str, Any] = {"gating": Gating(activation)}
         found = grouped_gated_product_triton(**given, **options, config=CONFIG, interpret=True)
-        expected = grouped_gated_product(
-            **given, **options, target=CPU, implementation="reference"
-        )
+        expected = grouped_gated_product(**given, **options, target=CPU, implementation="reference")
         assert_close(found, wide(expected)[: sum(SIZES)], jnp.bfloat16)
 
 
 def test_tiles_lie_in_one_group_each() -> None:
     tiles = build_grouped_tiles(jnp.asarray(SIZES, jnp.int32), NUM_ROWS, 4)
-    count = int(tiles.count)
+    count = int(tiles.total)
     assert count == 1 + 2 + 1 + 5
     assert tiles.group[:count].tolist() == [0, 2, 2, 3, 5, 5, 5, 5, 5]
     assert tiles.start[:count].tolist() == [0, 3, 7, 8, 9, 13, 17, 21, 25]

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.models.mixture_cases import MIXTURES
+
 NO_GQA = {"num_key_value_heads": 4}
 # Where a case leaves something out, ``tests.helpers.TINY`` has it.
 GPT_NEO = {
@@ -149,4 +151,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "hunyuan unscaled": ("HunYuanDenseV1", {"head_dim": 8, "tie_word_embeddings": True}),
+    **MIXTURES,
 }  # fmt: skip

@@ -5,6 +5,8 @@ What is not said is the default of the class, which is most often the size that 
 
 from typing import Any
 
+from tests.models import mixture_cases
+
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder": (
         "GPTBigCode",
@@ -132,4 +134,5 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
          "num_kv_heads": 8, "new_decoder_architecture": True},
     ),
+    **mixture_cases.PUBLISHED,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from tests.models.numpy_models import MODELS, save_numpy_model
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(3, 128, 90)]
 # Where the length that is served decides about the rotary embedding.
-MAX_MODEL_LEN = {"phi3 of short texts": 128}
+MAX_MODEL_LEN = {"phi3 of short texts": 128, "phimoe of short texts": 128}
 FIRST_CASES = {family: case for case, (family, _) in reversed(CASES.items())}
 
 

@@ -34,7 +34,9 @@ class KVCacheSpec:
     def block_bytes(self) -> int:
         """Bytes of one block, keys and values, all layers, all shards."""
         itemsize = jnp.dtype(self.dtype).itemsize
-        return self.block_size * itemsize * sum(K * (keys + values) for K, keys, values in self.heads)
+        return (
+            self.block_size * itemsize * sum(K * (keys + values) for K, keys, values in self.heads)
+        )
 
     def shapes(self, num_blocks: int) -> list[tuple[Shape, Shape]]:
         """Shapes of each layer's keys and values."""
