@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jaxengine.convert.families.experts_table import ExpertsLayout, experts_rules
+from jaxengine.convert.families.experts_table import SEPARATE, ExpertsLayout, experts_rules
 from jaxengine.convert.model_spec import (
     AttentionSpec,
     ExpertsSpec,
@@ -70,7 +70,7 @@ class Layout:
     sinks: str = "self_attn.sinks"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
-    experts: ExpertsLayout = ExpertsLayout()
+    experts: ExpertsLayout = SEPARATE
     is_transposed: bool = False
     pairs_neighbours: bool = False
     final_norm: str = "model.norm"

@@ -48,6 +48,9 @@ class ExpertsLayout:
     shared_gate: str = ""
 
 
+SEPARATE = ExpertsLayout()  # tensors of each expert's own, under the most usual names
+
+
 def experts_rules(
     D: int, spec: ExpertsSpec, layout: ExpertsLayout, path: str, name: str
 ) -> Iterator[Rule]:

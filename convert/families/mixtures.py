@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from jaxengine.convert.families import fields, llama
 from jaxengine.convert.families.decoder_table import Layout, decoder_table
-from jaxengine.convert.families.experts_table import ExpertsLayout
+from jaxengine.convert.families.experts_table import SEPARATE, ExpertsLayout
 from jaxengine.convert.families.family import Family
 from jaxengine.convert.families.fields import Config
 from jaxengine.convert.families.mixture_fields import mixture_spec, sparse_layers, with_mixtures
@@ -122,8 +122,8 @@ FAMILIES = (
     Family(
         ("Qwen3MoeForCausalLM",),
         qwen3_spec,
-        _table(ExpertsLayout()),
+        _table(SEPARATE),
         "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
     ),
-    Family(("OlmoeForCausalLM",), olmoe_spec, _table(ExpertsLayout()), "OLMoE 1B-7B"),
+    Family(("OlmoeForCausalLM",), olmoe_spec, _table(SEPARATE), "OLMoE 1B-7B"),
 )
