@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+Wiring = Literal["sequential", "parallel", "post"]
+
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -265,7 +267,7 @@ class LayerSpec:
     feed_forward_norm: NormSpec | None = NormSpec()
     attention_out_norm: NormSpec | None = None
     feed_forward_out_norm: NormSpec | None = None
-    wiring: Literal["sequential", "parallel", "post"] = "sequential"
+    wiring: Wiring = "sequential"
     residual_scale: float = 1.0
 
 

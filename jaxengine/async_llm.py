@@ -203,8 +203,9 @@ class AsyncLLM:
         """
         del trace_headers, data_parallel_rank
         refuse_foreign(lora_request=lora_request)
-        encoded = prompt
-        if not isinstance(encoded, EncodedPrompt):
+        if isinstance(prompt, EncodedPrompt):
+            encoded = prompt
+        else:
             encoded = await self.encode_prompt(prompt, tokenization_kwargs)
         (params,) = self.frontend.params_for(1, sampling_params)
         await self._resumed.wait()

@@ -35,6 +35,8 @@ def call_kernel(location: str, *operands: Any, **options: Any) -> Any:
             if it has failed to compile with such operands.
     """
     function = load_function(location)
+    arrays: list[Any]
+    structure: Any
     arrays, structure = jax.tree.flatten(operands)
     shapes = ", ".join(f"{array.dtype.name}{list(array.shape)}" for array in arrays)
     abstract = structure.unflatten(

@@ -4,7 +4,7 @@
 all its numbers to memory, of which the activation makes as many or half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import jax
 from jaxengine.pallas_kernels.activations import ACTIVATIONS
@@ -113,7 +113,7 @@ def _preferred(num_rows: int, target: Target) -> str:
     return "reference"
 
 
-def _check(activation: str, implementation: str | None, kernels: Sequence[str]) -> None:
+def _check(activation: str, implementation: str | None, kernels: Collection[str]) -> None:
     if implementation not in (None, "reference", *kernels):
         known = ", ".join(("reference", *kernels))
         raise ValueError(f"implementation {implementation!r} is not one of {known}")

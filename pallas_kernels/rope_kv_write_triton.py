@@ -225,6 +225,8 @@ def _normalised(
             for head, piece in zip(heads32, pieces, strict=True)
         ]
     scale = lax.rsqrt(mean([head * head for head in heads32]) + norm.eps)
+    refs: list[Any]
+    structure: Any
     refs, structure = jax.tree.flatten(norm)
     loaded = zip(*(load_weight(ref) for ref in refs), strict=True) if refs else ((),) * len(heads)
     return [

@@ -6,6 +6,7 @@ Source: the configuration and the modules of transformers' GPTBigCodeModel.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from jaxengine.convert.families import fields, gpt2
 from jaxengine.convert.families.decoder_table import decoder_table
@@ -28,6 +29,7 @@ def table(spec: ModelSpec) -> Table:
     """Where a checkpoint keeps its tensors: with a key a query, a head has its three together."""
     attention = spec.layers[0].attention
     assert attention is not None
+    joined: Literal["grouped", "stacked"]
     joined = "stacked" if attention.num_kv_heads == 1 < attention.num_heads else "grouped"
     return decoder_table(spec, replace(gpt2.LAYOUT, is_transposed=False, joined=joined))
 

@@ -13,7 +13,7 @@ from jaxengine.convert.families.family import Family
 from jaxengine.convert.families.fields import Config
 from jaxengine.convert.families.rope import read_rope
 from jaxengine.convert.families.uniform import layer_norm, ungated, uniform_spec
-from jaxengine.convert.model_spec import AttentionSpec, HeadSpec, LayerSpec, ModelSpec
+from jaxengine.convert.model_spec import AttentionSpec, HeadSpec, LayerSpec, ModelSpec, Wiring
 
 LAYOUT = Layout(
     prefix="gpt_neox.",
@@ -40,7 +40,7 @@ def spec(config: Config) -> ModelSpec:
     activation = fields.text(config, "hidden_act", default="gelu")
     feed_forward = ungated(fields.integer(config, "intermediate_size"), activation)
     is_parallel = fields.flag(config, "use_parallel_residual", default=True)
-    wiring = "parallel" if is_parallel else "sequential"
+    wiring: Wiring = "parallel" if is_parallel else "sequential"
     return uniform_spec(
         config,
         LayerSpec(attention, feed_forward, norm, norm, wiring=wiring),

@@ -20,6 +20,7 @@ from jaxengine.convert.model_spec import (
     LayerSpec,
     ModelSpec,
     NormSpec,
+    Wiring,
 )
 
 LAYOUT = Layout(
@@ -49,7 +50,7 @@ def spec(config: Config) -> ModelSpec:
     activation = fields.text(config, "activation_function", default="relu")
     feed_forward = ungated(fields.integer(config, "ffn_dim"), activation, bias=bias)
     comes_first = fields.flag(config, "do_layer_norm_before", default=True)
-    wiring = "sequential" if comes_first else "post"
+    wiring: Wiring = "sequential" if comes_first else "post"
     has_final_norm = comes_first and not fields.flag(config, "_remove_final_layer_norm")
     length = fields.max_positions(config)
     size = fields.integer(config, "word_embed_proj_dim", default=D)

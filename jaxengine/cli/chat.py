@@ -90,7 +90,7 @@ class Chat:
 
     def _print_answer(self, token_ids: list[int]) -> str:
         parts: list[str] = []
-        notes = []
+        notes: list[str] = []
 
         def say_compiling() -> None:
             if not notes and not parts:

@@ -9,6 +9,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -214,10 +215,10 @@ def _read_logprobs(step: PendingStep, outputs: Sequence[EngineCoreOutput]) -> li
         for output in outputs:
             index = output.row_index
             if rows[index].request.sampling_params.num_logprobs is not None:
-                output.logprobs = LogprobRows.of(arrays, slice(index, index + 1))
+                output.logprobs = LogprobRows.of(cast(Any, arrays), slice(index, index + 1))
     chunks = [] if step.prompt_scores is None else step.prompt_scores.on_host()
     return [
-        PromptLogprobs(chunk.request_id, chunk.start, LogprobRows(*arrays))
+        PromptLogprobs(chunk.request_id, chunk.start, LogprobRows(*cast(Any, arrays)))
         for chunk, arrays in chunks
     ]
 

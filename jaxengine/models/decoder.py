@@ -68,9 +68,8 @@ class Decoder(nnx.Module):
             target=options.target,
             input_major=options.input_major,
         )
-        has_projections = size is not None
-        self.project_in = projection((D,), (size,)) if has_projections and is_first else None
-        self.project_out = projection((size,), (D,)) if has_projections and is_last else None
+        self.project_in = projection((D,), (size,)) if size is not None and is_first else None
+        self.project_out = projection((size,), (D,)) if size is not None and is_last else None
         has_positions = is_first and spec.embedding.num_positions > 0
         self.embed_positions = (
             PositionEmbedding(spec.embedding, spec.hidden_size, dtype=dtype)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
-from jaxengine.convert.model_spec import ExpertsSpec, LayerSpec, NormSpec
+from jaxengine.convert.model_spec import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec
 from jaxengine.layers.attention import Attention, CosSin, KVPair
 from jaxengine.layers.experts import Experts
 from jaxengine.layers.mlp import FeedForward
@@ -58,6 +58,9 @@ class DecoderLayer(nnx.Module):
             "target": options.target,
             "input_major": options.input_major,
         }
+        assert spec.attention is None or isinstance(spec.attention, AttentionSpec), (
+            "no family asks for latent attention"
+        )
         self.attention = (
             None
             if spec.attention is None

@@ -172,7 +172,7 @@ class ChatAnswer:
         if not self._body.logprobs or each.logprobs is None:
             return None
         num_top = None if self._body.logprob_token_ids else self._body.top_logprobs or 0
-        return chat_logprobs(each.token_ids, list(each.logprobs), num_top, self._as_ids)
+        return chat_logprobs(each.token_ids, [*each.logprobs], num_top, self._as_ids)
 
 
 class ChoiceWriter:

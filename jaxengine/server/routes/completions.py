@@ -28,7 +28,9 @@ router = APIRouter(tags=["text"])
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 415, 422, 500, 503)
 }
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses={**ERRORS, **STREAM})

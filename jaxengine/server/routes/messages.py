@@ -170,7 +170,12 @@ class BlockWriter:
             if (call := delta.tool_call) is not None:
                 if call.id is not None:
                     self.has_calls = True
-                    block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+                    block: dict[str, Any] = {
+                        "type": "tool_use",
+                        "id": call.id,
+                        "name": call.name,
+                        "input": {},
+                    }
                     events += self._open(call.index, block)
                 piece = {"type": "input_json_delta", "partial_json": call.arguments}
                 events += self._delta(piece) if call.arguments else []

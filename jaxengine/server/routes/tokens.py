@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     texts = None
     if body.return_token_strs:
         tokenizer = state.llm.frontend.require_tokenizer().hf_tokenizer
-        texts = tokenizer.convert_ids_to_tokens(token_ids)
+        texts = list(tokenizer.convert_ids_to_tokens(token_ids))
     return TokenizeResponse(
         count=len(token_ids),
         max_model_len=state.llm.info.max_model_len,
