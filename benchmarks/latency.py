@@ -94,7 +94,7 @@ def run_once(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> Ti
     metrics = [output.metrics for output in outputs if output.metrics is not None]
     assert len(metrics) == len(prompts), "the engine records the metrics of every request"
     return {
-        "ttft": [metric.time_to_first_token_s for metric in metrics],
+        "ttft": [metric.first_token_latency for metric in metrics],
         "tpot": [time_per_output_token(metric) for metric in metrics],
         "batch": [seconds],
     }

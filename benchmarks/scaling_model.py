@@ -126,7 +126,7 @@ class CostModel:
         params = self._layers_of(stage) * self._layer_params * self._weight_bits / 8
         last = self._layout.pipeline - 1
         num_vocab = (stage == 0) + (stage == last)
-        if self._model.tie_word_embeddings and last == 0:
+        if self._model.spec.head.is_tied and last == 0:
             num_vocab = 1
         return params + num_vocab * self._vocab_params * ACTIVATION_BYTES
 

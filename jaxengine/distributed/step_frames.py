@@ -63,11 +63,15 @@ def _to_plain(value: Any, arrays: list[np.ndarray]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {field.name: _to_plain(getattr(value, field.name), arrays) for field in fields}
-    if value is None or isinstance(value, bool | np.bool_):
-        return value if value is None else bool(value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
     if isinstance(value, Integral):
         return int(value)
-    raise TypeError(f"a step's input is of type {type(value)}: only numbers and arrays are sent")
+    raise TypeError(
+        f"a step's input is of type {type(value)}: only numbers, names and arrays are sent"
+    )
 
 
 @functools.cache

@@ -15,7 +15,7 @@ def test_the_first_token_has_no_gap() -> None:
     metrics = RequestMetrics(
         10.0, first_token_time=11.0, last_token_time=13.0, num_generation_tokens=5
     )
-    assert metrics.time_to_first_token_s == 1.0
+    assert metrics.first_token_latency == 1.0
     assert time_per_output_token(metrics) == 0.5
 
 

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     **{"d_model": 64, "n_heads": 8, "n_layers": 2, "num_layers": 4, "num_heads": 8},
     **{"ffn_dim": 96, "ffn_hidden_size": 96, "kv_channels": 8, "padded_vocab_size": 256},
     **{"seq_length": 64, "model_type": "llama"},
+    **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 16},
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 

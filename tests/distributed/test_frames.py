@@ -37,10 +37,11 @@ def ints(*shapes: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
 
 
 VECTORS = ints((0,), (1,), (7,), (40,))
+BY_TYPE = {"bool": st.booleans(), "int": SMALL, "str": st.text(max_size=5)}
 VARIANTS = st.builds(
     SamplerVariant,
     **{
-        field.name: st.booleans() if field.type in (bool, "bool") else SMALL
+        field.name: BY_TYPE[getattr(field.type, "__name__", str(field.type))]
         for field in dataclasses.fields(SamplerVariant)
     },
 )
@@ -110,9 +111,9 @@ def small_step(num_token_stores: Any = 0) -> StepInputs:
     )
 
 
-def test_a_value_that_is_neither_number_nor_array_is_not_sent() -> None:
-    step = small_step(num_token_stores="0")
-    with pytest.raises(TypeError, match="only numbers and arrays"):
+def test_a_value_that_is_neither_number_nor_name_nor_array_is_not_sent() -> None:
+    step = small_step(num_token_stores=0.5)
+    with pytest.raises(TypeError, match="only numbers, names and arrays"):
         encode_step(step)
 
 
