@@ -22,7 +22,6 @@ from jaxengine.config import EngineConfig
         ({"scheduling_policy": "lifo"}, "scheduling_policy is 'lifo': use one of fcfs, priority"),
         ({"load_format": "npz"}, "load_format is 'npz': use one of auto, safetensors"),
         ({"attention_backend": "flash"}, "attention_backend is 'flash': use one of None, ref"),
-        ({"generation_config": "mine"}, "generation_config is 'mine': use one of auto, vllm"),
     ],
     ids=str,
 )
