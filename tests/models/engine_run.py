@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from jaxengine.outputs import RequestOutput
 from tests.helpers import assert_idle, greedy, make_llm, output_ids, random_prompts
 
 PROMPTS = random_prompts(14, 15, 40)  # the last one comes in chunks of 16
@@ -17,8 +18,15 @@ MESHES = {"one device": (1, 1), "two shards of two stages": (2, 2)}
 LIMITS = {"max_num_seqs": 2, "num_gpu_blocks_override": 5}
 
 
+def logprobs_of(output: RequestOutput) -> list[float]:
+    """Of each token that was sampled."""
+    (completion,) = output.outputs
+    chosen = zip(completion.token_ids, completion.logprobs or [], strict=True)
+    return [found[token].logprob for token, found in chosen]
+
+
 def run(directory: str) -> dict[str, Any]:
-    """Tokens of the prompts by mesh, and how often a request was preempted."""
+    """By mesh: each prompt's tokens, their logprobs, and how often a request was preempted."""
     results = {}
     for name, (tensor_size, pipeline_size) in MESHES.items():
         llm = make_llm(
@@ -30,10 +38,11 @@ def run(directory: str) -> dict[str, Any]:
             max_model_len=64,
             **LIMITS,
         )
-        outputs = llm.generate(PROMPTS, greedy(NUM_TOKENS), use_tqdm=False)
+        outputs = llm.generate(PROMPTS, greedy(NUM_TOKENS, logprobs=0), use_tqdm=False)
         assert_idle(llm)
         results[name] = {
             "tokens": output_ids(outputs),
+            "logprobs": [logprobs_of(output) for output in outputs],
             "num_preemptions": llm.stats().num_preemptions,
         }
     return results
