@@ -170,10 +170,10 @@ def test_a_replica_that_fails_ends_all_requests_and_the_group_goes_on(
     runner = pair.engine.replicas[1].runner
     execute, steps = runner.execute, itertools.count()
 
-    def fail_at_the_fourth(step: Any) -> Any:
+    def fail_at_the_fourth(*step: Any) -> Any:
         if next(steps) == 3:
             raise error
-        return execute(step)
+        return execute(*step)
 
     monkeypatch.setattr(runner, "execute", fail_at_the_fourth)
     with pytest.raises(type(error)):

@@ -98,10 +98,10 @@ def test_a_failed_engine_tells_each_of_its_requests_and_all_later_ones(
     engine, is_broken = EngineThread(slow_llm), threading.Event()
     execute = slow_llm.engine.runner.execute
 
-    def fail_when_broken(step: Any) -> Any:
+    def fail_when_broken(*step: Any) -> Any:
         if is_broken.is_set():
             raise RuntimeError("device lost")
-        return execute(step)
+        return execute(*step)
 
     monkeypatch.setattr(slow_llm.engine.runner, "execute", fail_when_broken)
     promised = [engine.result(prompt=text, sampling_params=final(200)) for text in TEXTS * 2]

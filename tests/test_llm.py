@@ -508,10 +508,10 @@ def test_ctrl_c_inside_a_step_waits_for_its_end_and_leaves_a_usable_engine(
     expected = generate_ids(llm, PROMPTS, greedy(10))
     execute, steps = llm.engine.runner.execute, itertools.count()
 
-    def press_ctrl_c(step: Any) -> Any:
+    def press_ctrl_c(*step: Any) -> Any:
         if next(steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return execute(step)
+        return execute(*step)
 
     monkeypatch.setattr(llm.engine.runner, "execute", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
@@ -562,11 +562,11 @@ def test_a_step_that_fails_ends_the_calls_of_all_threads_and_the_engine_goes_on(
     expected = generate_ids(llm, PROMPTS, greedy(10))
     execute, num_threads = llm.engine.runner.execute, 3
 
-    def fail(step: Any) -> Any:
+    def fail(*step: Any) -> Any:
         if len(llm._requests.request_ids) == num_threads * len(PROMPTS):  # all have come
             monkeypatch.undo()
             raise MemoryError("the device is full")
-        return execute(step)
+        return execute(*step)
 
     monkeypatch.setattr(llm.engine.runner, "execute", fail)
     call = functools.partial(generate_ids, llm, PROMPTS, greedy(200))
@@ -586,7 +586,7 @@ def test_a_stream_whose_engine_failed_under_another_call_ends_with_an_error(
     stream = llm.stream(PROMPTS[0], greedy(50))
     next(stream)
 
-    def fail(step: Any) -> Any:
+    def fail(*step: Any) -> Any:
         monkeypatch.undo()
         raise MemoryError("the device is full")
 

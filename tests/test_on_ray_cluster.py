@@ -165,7 +165,7 @@ class BreakableDeployment(LLMDeployment):
         return JSONResponse({**self.stats(), "process_id": os.getpid()})
 
 
-def _fail(step: Any) -> Any:
+def _fail(*step: Any) -> Any:
     raise RuntimeError("device lost")
 
 

@@ -140,10 +140,10 @@ def test_a_request_without_a_seed_gets_one_from_the_engines_and_its_name(llm: LL
 def fail_once(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     execute, failures = runner.execute, [RuntimeError("the device is out of memory")]
 
-    def failing(step: Any) -> Any:
+    def failing(*step: Any) -> Any:
         if failures:
             raise failures.pop()
-        return execute(step)
+        return execute(*step)
 
     monkeypatch.setattr(runner, "execute", failing)
 

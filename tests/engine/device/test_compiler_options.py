@@ -68,6 +68,6 @@ def test_a_product_compiled_so_is_right(num_tokens: int) -> None:
     [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False)],
 )
 def test_hopper_is_known_by_its_name(device_kind: str, expected: bool) -> None:
-    device = types.SimpleNamespace(device_kind=device_kind)
+    device = types.SimpleNamespace(platform="gpu", device_kind=device_kind)
     mesh: Any = types.SimpleNamespace(devices=np.array([device], object))
     assert StageParts(None, {}, mesh, range(1)).is_on_hopper == expected
