@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from jaxengine.convert.overrides import override_config
 
 from jaxengine.config import EngineConfig
-from jaxengine.convert.overrides import override_config
 from jaxengine.distributed.identity import collect_facts, describe_difference
 from jaxengine.distributed.roll_call import (
     KEY_VARIABLE,
