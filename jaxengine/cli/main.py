@@ -1,4 +1,4 @@
-"""``jaxengine generate | chat | worker | convert | collect-env``: flags in, text out."""
+"""``jaxengine serve | generate | chat | ...``: flags in, text out."""
 
 import argparse
 import importlib
@@ -29,6 +29,7 @@ from jaxengine.sampling_params import SamplingParams
 MakeLLM = Callable[..., Any]
 HELPS = {
     "serve": "Serve a model in the form of OpenAI's API",
+    "run-batch": "Answer a file of requests in OpenAI's batch form",
     "generate": "Continue one or more prompts in one batch",
     "chat": "Talk to a model in the terminal",
     "worker": "Run this host's part of a model that another host leads",
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
 
 
 def _run_server_command(command: str, arguments: Sequence[str]) -> int:
-    """Run what loads a web framework, or speaks to a server, and no engine in this process."""
+    """Run what loads a web framework, or speaks to a server: with a ``main`` of its own."""
     module = importlib.import_module(f"jaxengine.cli.{SERVER_COMMANDS[command]}")
     try:
         return module.main(arguments)
@@ -278,6 +279,7 @@ def _one_line(error: Exception) -> str:
 # Command -> its module in this folder, which has a ``main``.
 SERVER_COMMANDS = {
     "serve": "serve",
+    "run-batch": "run_batch",
 }
 COMMANDS = {
     "generate": (run_generate, generate_parser),
