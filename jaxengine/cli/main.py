@@ -19,7 +19,8 @@ from jaxengine.cli.arguments import (
     hyphenate,
     sampling_arguments,
 )
-from jaxengine.cli.chat import Chat
+from jaxengine.cli.chat import Chat, stream_text
+from jaxengine.cli.complete import complete, has_url, read_prompt
 from jaxengine.cli.environment import collect_environment
 from jaxengine.compat.similar_names import did_you_mean
 from jaxengine.compile_watch import CompileWatch
@@ -31,7 +32,8 @@ HELPS = {
     "serve": "Serve a model in the form of OpenAI's API",
     "run-batch": "Answer a file of requests in OpenAI's batch form",
     "generate": "Continue one or more prompts in one batch",
-    "chat": "Talk to a model in the terminal",
+    "chat": "Talk to a model in the terminal; --url: to one of a server",
+    "complete": "Continue prompts in the terminal; --url: with a server's model",
     "worker": "Run this host's part of a model that another host leads",
     "convert": "Convert a checkpoint once, so that it loads without further work",
     "collect-env": "Describe this machine for a bug report",
@@ -53,7 +55,11 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
     if command == "convert":
         return jaxengine.convert.__main__.main(rest)
     if command in SERVER_COMMANDS:
-        return _run_server_command(command, rest)
+        module = f"jaxengine.cli.{SERVER_COMMANDS[command]}"
+        return _run_alone(rest, lambda: importlib.import_module(module).main(rest))
+    if command in ("chat", "complete") and has_url(rest):
+        module = "jaxengine.cli.remote"
+        return _run_alone(rest, lambda: importlib.import_module(module).remote_main(command, rest))
     if command not in COMMANDS:
         _parse_no_command(command)
     run, make_parser = COMMANDS[command]
@@ -73,11 +79,10 @@ def main(arguments: Sequence[str] | None = None, make_llm: MakeLLM | None = None
     return 0
 
 
-def _run_server_command(command: str, arguments: Sequence[str]) -> int:
-    """Run what loads a web framework, or speaks to a server: with a ``main`` of its own."""
-    module = importlib.import_module(f"jaxengine.cli.{SERVER_COMMANDS[command]}")
+def _run_alone(arguments: Sequence[str], run: Callable[[], int]) -> int:
+    """Run a command that reads its flags itself; return the exit status."""
     try:
-        return module.main(arguments)
+        return run()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -110,8 +115,24 @@ def chat_parser() -> argparse.ArgumentParser:
     """Return the parser of ``jaxengine chat``."""
     parser = _new_parser("chat")
     _add_model(parser)
+    parser.add_argument(
+        "--url", help="talk to this server instead, without MODEL: --url URL --help"
+    )
     parser.add_argument("--system-prompt", help="first message of the conversation (default: none)")
     add_sampling_arguments(parser, {"max_tokens": None})
+    add_engine_arguments(parser)
+    return parser
+
+
+def complete_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``jaxengine complete``."""
+    parser = _new_parser("complete")
+    _add_model(parser)
+    parser.add_argument(
+        "--url", help="ask this server, without MODEL; --url URL --help says more (default: none)"
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="none: standard input")
+    add_sampling_arguments(parser, {"max_tokens": DEFAULT_MAX_TOKENS})
     add_engine_arguments(parser)
     return parser
 
@@ -186,6 +207,16 @@ def run_chat(options: argparse.Namespace, make_llm: MakeLLM) -> None:
     llm = make_llm(options.model, **engine_arguments(options))
     params = llm.get_default_sampling_params().clone(**given)
     Chat(llm, params, options.system_prompt).run()
+
+
+def run_complete(options: argparse.Namespace, make_llm: MakeLLM) -> None:
+    """Print one output as it is generated."""
+    given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling_arguments(options)}
+    SamplingParams(**given)
+    prompt = read_prompt(options.prompt)
+    llm = make_llm(options.model, **engine_arguments(options))
+    params = llm.get_default_sampling_params().clone(**given)
+    complete(lambda text: stream_text(llm, text, params), prompt)
 
 
 def run_worker(options: argparse.Namespace, make_llm: MakeLLM) -> None:
@@ -284,6 +315,7 @@ SERVER_COMMANDS = {
 COMMANDS = {
     "generate": (run_generate, generate_parser),
     "chat": (run_chat, chat_parser),
+    "complete": (run_complete, complete_parser),
     "worker": (run_worker, worker_parser),
     "collect-env": (run_collect_environment, environment_parser),
 }

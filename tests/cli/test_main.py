@@ -237,7 +237,7 @@ def test_flags_of_vllm_that_are_none_of_ours_reach_the_model() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "worker"])
+@pytest.mark.parametrize("command", ["generate", "chat", "complete", "worker"])
 def test_the_help_of_every_flag_says_its_default(command) -> None:
     _, make_parser = cli.COMMANDS[command]
     shown = [
