@@ -6,7 +6,9 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 import jaxengine
 from jaxengine.server import errors
@@ -53,7 +55,7 @@ def create_app(state: ServerState) -> FastAPI:
     if not settings.disable_fastapi_docs:
         _serve_docs(app)
     if (STATIC / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
+        app.mount("/", PageFiles(directory=STATIC, html=True), name="page")
     app.add_middleware(Guard, state=state, open_files=_page_paths())
     app.add_middleware(
         CORSMiddleware,
@@ -63,6 +65,16 @@ def create_app(state: ServerState) -> FastAPI:
         allow_headers=list(settings.allowed_headers),
     )
     return app
+
+
+class PageFiles(StaticFiles):
+    """The page. What asks for no file of it, as POST to a path that is not there, finds nothing."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Answer GET and HEAD."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
 
 
 def _page_paths() -> list[str]:
