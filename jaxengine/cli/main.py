@@ -116,7 +116,7 @@ def chat_parser() -> argparse.ArgumentParser:
     parser = _new_parser("chat")
     _add_model(parser)
     parser.add_argument(
-        "--url", help="talk to this server instead, without MODEL: --url URL --help"
+        "--url", help="talk to this server, without MODEL; see --url URL --help (default: none)"
     )
     parser.add_argument("--system-prompt", help="first message of the conversation (default: none)")
     add_sampling_arguments(parser, {"max_tokens": None})
@@ -129,7 +129,7 @@ def complete_parser() -> argparse.ArgumentParser:
     parser = _new_parser("complete")
     _add_model(parser)
     parser.add_argument(
-        "--url", help="ask this server, without MODEL; --url URL --help says more (default: none)"
+        "--url", help="ask this server, without MODEL; see --url URL --help (default: none)"
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="none: standard input")
     add_sampling_arguments(parser, {"max_tokens": DEFAULT_MAX_TOKENS})
