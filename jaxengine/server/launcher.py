@@ -119,7 +119,11 @@ def _run_several(setup: HttpSetup, listener: socket.socket, engine: subprocess.P
     """Run several HTTP processes on one listening socket; the end of one is the end of all."""
     workers = [_http_process(setup, listener) for _ in range(setup.settings.api_server_count)]
 
+    is_told = False
+
     def forward(number: int, frame: object) -> None:
+        nonlocal is_told
+        is_told = True
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
 
@@ -127,7 +131,9 @@ def _run_several(setup: HttpSetup, listener: socket.socket, engine: subprocess.P
         signal.signal(number, forward)
     while all(worker.poll() is None for worker in workers) and engine.poll() is None:
         time.sleep(0.1)
-    if engine.poll() is None:  # one has ended, by a signal or by itself: so do the others
+    # One has ended by itself: so do the others. Those that drain after a signal must not be told
+    # again: it would end their requests.
+    if engine.poll() is None and not is_told:
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
