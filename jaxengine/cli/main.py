@@ -34,6 +34,7 @@ HELPS = {
     "generate": "Continue one or more prompts in one batch",
     "chat": "Talk to a model in the terminal; --url: to one of a server",
     "complete": "Continue prompts in the terminal; --url: with a server's model",
+    "bench": "Measure speed",
     "worker": "Run this host's part of a model that another host leads",
     "convert": "Convert a checkpoint once, so that it loads without further work",
     "collect-env": "Describe this machine for a bug report",
@@ -311,6 +312,7 @@ def _one_line(error: Exception) -> str:
 SERVER_COMMANDS = {
     "serve": "serve",
     "run-batch": "run_batch",
+    "bench": "bench",
 }
 COMMANDS = {
     "generate": (run_generate, generate_parser),
