@@ -1,5 +1,7 @@
 """Models, tokens, health, metrics and the page."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import jaxengine
 from jaxengine import AsyncLLM
 from jaxengine.engine_client import EngineDeadError
+from jaxengine.server.settings import ServerSettings
 from tests.server.asgi import AsgiClient
 from tests.server.conftest import NewClient
 
@@ -166,3 +169,11 @@ def test_a_preflight_needs_no_key(new_client: NewClient) -> None:
     answer = client.request("OPTIONS", "/v1/completions", headers=headers)
     assert answer.status == 200
     assert "POST" in answer.headers["access-control-allow-methods"]
+
+
+def test_the_document_names_every_path_and_flag(new_client: NewClient) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    schema = new_client(server_dev_mode=True).get("/openapi.json").json()
+    assert [path for path in schema["paths"] if path not in text] == []
+    flags = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(ServerSettings)]
+    assert [flag for flag in flags if f"`{flag}" not in text] == []
