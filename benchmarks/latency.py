@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.records import Record, percentiles, publish, run_record
 from jaxengine import LLM, SamplingParams
-from jaxengine.outputs import RequestMetrics
+from jaxengine.bench.offline import time_per_output_token
 
 Times = dict[str, list[float]]  # seconds of "ttft", "tpot" and "batch"
 
@@ -117,14 +117,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(
         temperature=0, max_tokens=args.output_len, ignore_eos=True, detokenize=False
     )
-
-
-def time_per_output_token(metrics: RequestMetrics) -> float:
-    """Return the mean gap between the tokens of a request, in seconds; the first has no gap."""
-    first, last = metrics.first_token_time, metrics.last_token_time
-    assert first is not None
-    assert last is not None
-    return (last - first) / (metrics.num_generation_tokens - 1)
 
 
 def to_record(dtype: str, batch_size: int, times: Times, args: argparse.Namespace) -> Record:

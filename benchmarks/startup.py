@@ -28,8 +28,6 @@ from typing import Any
 
 STARTED_VARIABLE = "JAXENGINE_BENCHMARK_STARTED"  # time.time() when the parent started the child
 PARTS = ("python", "imports", "plan", "compile", "weights", "tokens")
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 Record = dict[str, Any]
 
@@ -65,50 +63,20 @@ def main() -> None:
 def start_once(args: argparse.Namespace, entered: float) -> Record:
     """Start the engine in this process and return the seconds of the parts."""
     began = float(os.environ[STARTED_VARIABLE])
-    import jax
+    from jaxengine.bench.startup import measure_start
 
-    from benchmarks.records import run_record
-    from jaxengine import LLM, SamplingParams
-
-    programs, hits = [], []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **labels: (
-            programs.append([str(labels.get("fun_name", "")), round(seconds, 3)])
-            if event == COMPILE_EVENT
-            else None
-        )
-    )
-    jax.monitoring.register_event_listener(
-        lambda event, **_: hits.append(event) if event == HIT_EVENT else None
-    )
-    imported = time.time()
     names = ("load_format", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
     names += ("tensor_parallel_size", "pipeline_parallel_size", "skip_tokenizer_init")
-    llm = LLM(args.model, **{name: getattr(args, name) for name in names})
-    ready = time.time()
-    prompt = [token % llm.startup.model.vocab_size for token in range(args.input_len)]
-    llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    done = time.time()
-    startup = llm.startup
-    parts = {
-        "python": entered - began,
-        "imports": imported - entered,
-        "plan": ready - imported - startup.compile_s - startup.load_s,
-        "compile": startup.compile_s,
-        "weights": startup.load_s,
-        "tokens": done - ready,
-    }
-    return run_record(args.model, startup.model.dtype, "startup") | {
-        "seconds": round(done - began, 3),
-        "parts": {name: round(seconds, 3) for name, seconds in parts.items()},
-        "num_programs": len(programs),
-        "num_cache_hits": len(hits),
-        "step_programs": {
-            f"{shape.num_tokens} tokens, {shape.num_rows} rows": round(seconds, 3)
-            for shape, seconds in startup.compile_seconds.items()
-        },
-        "programs": sorted(programs, key=lambda program: -program[1]),
-    }
+    measured = measure_start(
+        args.model,
+        {name: getattr(args, name) for name in names},
+        input_len=args.input_len,
+        began=began,
+        entered=entered,
+    )
+    from benchmarks.records import run_record  # loads jax
+
+    return run_record(args.model, measured.pop("dtype"), "startup") | measured
 
 
 def compare_starts(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ log-normal laws whose means are those of ShareGPT in the PagedAttention paper (a
 
 import numpy as np
 
+from jaxengine.bench.workload import random_prompts
+
 Workload = list[tuple[int, int]]
 
 CHAT_SEED = 20261122
@@ -41,6 +43,4 @@ WORKLOADS: dict[str, Workload] = {
 
 def prompts_of(workload: Workload, vocab_size: int) -> list[list[int]]:
     """Random prompt ids, drawn in request order."""
-    rng = np.random.default_rng(0)
-    most = min(MAX_PROMPT_TOKEN, vocab_size)
-    return [rng.integers(0, most, length).tolist() for length, _ in workload]
+    return random_prompts([n for n, _ in workload], min(MAX_PROMPT_TOKEN, vocab_size))

@@ -8,7 +8,10 @@ from jaxengine.cli.arguments import hyphenate
 
 # Kind -> module with ``<kind>_parser`` and ``run_<kind>``, and what it measures.
 KINDS = {
+    "latency": ("bench_offline", "one batch of requests again and again"),
+    "throughput": ("bench_offline", "many requests that are all there at once"),
     "serve": ("bench_serve", "latencies and throughput of a server under load"),
+    "startup": ("bench_startup", "starts up to the first token, cold and warm"),
 }
 
 

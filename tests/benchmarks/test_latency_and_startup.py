@@ -5,9 +5,10 @@ import argparse
 import pytest
 
 from benchmarks.device_rates import best_rate, memory_rates
-from benchmarks.latency import time_per_output_token, to_record
+from benchmarks.latency import to_record
 from benchmarks.startup import fastest
 from benchmarks.startup import to_record as startup_record
+from jaxengine.bench.offline import time_per_output_token
 from jaxengine.outputs import RequestMetrics
 
 

@@ -138,3 +138,57 @@ def test_arrivals_keep_their_rate_and_bursts_are_bursts() -> None:
     assert times[-1] == pytest.approx(400, rel=0.1)
     bursts = np.diff(arrival_times(4000, 10.0, burstiness=0.2))
     assert bursts.std() > 1.5 * np.diff(times).std()
+
+
+TINY = (
+    *("--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--num-gpu-blocks-override", "65"),
+    *("--disable-tqdm", "--load-format", "dummy"),
+)
+
+
+def test_latency_times_batches(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "out.json"
+    sizes = ("--batch-size", "3", "--input-len", "5", "--output-len", "4")
+    iterations = ("--num-iters", "2", "--num-iters-warmup", "1", "--output-json", str(file))
+    model = ("--model", str(chat_model), "--disable-detokenize")
+    assert cli.main(["bench", "latency", *model, *sizes, *iterations, *TINY]) == 0
+    record = json.loads(file.read_text())
+    assert len(record["latencies"]) == 2
+    assert record["avg_latency"] == pytest.approx(np.mean(record["latencies"]))
+    assert 0 < record["mean_ttft_ms"] < record["mean_batch_ms"]
+    assert 0 < record["mean_tpot_ms"] < record["mean_batch_ms"]
+    assert record["p10_batch_ms"] <= record["p99_batch_ms"]
+    assert "Avg latency (s)" in capsys.readouterr().out
+
+
+def test_throughput_counts_all_tokens(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "out.json"
+    sizes = ("--num-prompts", "7", "--random-input-len", "9", "--random-output-len", "5")
+    model = ("--model", str(chat_model), "--output-json", str(file))
+    assert cli.main(["bench", "throughput", *model, *sizes, *TINY]) == 0
+    record = json.loads(file.read_text())
+    assert record["num_requests"] == 7
+    assert (record["total_input_tokens"], record["total_output_tokens"]) == (63, 35)
+    assert record["tokens_per_second"] == pytest.approx(98 / record["elapsed_time"])
+    assert record["requests_per_second"] == pytest.approx(7 / record["elapsed_time"])
+    assert "Output token throughput" in capsys.readouterr().out
+
+
+def test_a_warm_start_finds_the_programs_of_the_cold_one(
+    chat_model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "out.json"
+    model = ("--model", str(chat_model), "--output-json", str(file))
+    assert cli.main(["bench", "startup", *model, *TINY]) == 0
+    starts = json.loads(file.read_text())["starts"]
+    (cold,), (warm,) = starts["cold"], starts["warm"]
+    assert cold["num_cache_hits"] < warm["num_cache_hits"]
+    for start in (cold, warm):
+        assert sum(start["parts"].values()) == pytest.approx(start["seconds"], abs=0.01)
+    assert "Start, warm (best of 1)" in capsys.readouterr().out
+
+
+def test_what_cannot_start_says_why(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["bench", "startup", "--model", str(tmp_path), "--disable-tqdm"]) == 2
+    assert "the engine cannot start: " in capsys.readouterr().err
