@@ -36,6 +36,8 @@ class InputBatch:
         last_tokens_only: Static. Of the output only each row's last token is read: what comes
             after the cache has been written can be left out for the others.
         peers: How sums over the shards go; None for XLA's way.
+        segment_ids: Tokens of equal ids are a sequence, whole: attention is among them alone, and
+            the caches, [T, K, 1, H] each, just hold what they are. None for paged caches.
     """
 
     token_ids: Int[Array, " T"]
@@ -49,6 +51,7 @@ class InputBatch:
     decode_only: bool = dataclasses.field(metadata={"static": True})
     last_tokens_only: bool = dataclasses.field(default=False, metadata={"static": True})
     peers: Peers | None = None
+    segment_ids: Int[Array, " T"] | None = None
 
     @property
     def is_real_token(self) -> Bool[Array, " T"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxengine.batch import InputBatch
 from jaxengine.convert.model_spec import AttentionSpec
+from jaxengine.layers.dense_attention import dense_attention
 from jaxengine.layers.head_norms import normalise_over_heads, normalise_rotated_heads
 from jaxengine.layers.linear import Linear
 from jaxengine.layers.norm import Norm
@@ -26,6 +27,7 @@ from jaxengine.pallas_kernels.residual_norm import sum_addends
 from jaxengine.pallas_kernels.rope_kv_write import rope_kv_write
 from jaxengine.pallas_kernels.target import Target
 from jaxengine.sharding import TENSOR_AXIS, held_kv_heads
+from jaxengine.taps import Taps, tap
 
 CosSin = tuple[Float[Array, "T R"], Float[Array, "T R"]]
 KVPair = tuple[Array, Array]
@@ -97,7 +99,12 @@ class Attention(nnx.Module):
         return Norm(shape, head_norm.norm, dtype=dtype, cut=cut)
 
     def __call__(
-        self, x: Float[Array, "T D"], batch: InputBatch, cos_sin: CosSin | None, caches: KVPair
+        self,
+        x: Float[Array, "T D"],
+        batch: InputBatch,
+        cos_sin: CosSin | None,
+        caches: KVPair,
+        taps: Taps | None = None,
     ) -> tuple[Addends, KVPair]:
         qkv, cos_sin = self._qkv(x, cos_sin)
         q, k_cache, v_cache = rope_kv_write(
@@ -113,7 +120,9 @@ class Attention(nnx.Module):
         if batch.last_tokens_only:
             # A row's last token sees all of its keys, as a decode row does.
             q = q[batch.logits_indices]
-        spec = self.spec
+        if batch.segment_ids is not None:
+            attended = self._attend_among(q, k_cache[:, :, 0], v_cache[:, :, 0], batch, taps)
+            return self.o_proj.addends(attended), (k_cache, v_cache)
         attended = paged_attention(
             q,
             k_cache,
@@ -122,7 +131,7 @@ class Attention(nnx.Module):
             batch.seq_lens,
             batch.query_start_loc,
             batch.num_decode_rows,
-            options=AttentionOptions(spec.scale, spec.sliding_window, spec.logits_soft_cap),
+            options=self._options,
             alibi_slopes=self._slopes(q.shape[1]),
             sinks=None if self.sinks is None else self.sinks[...],
             decode_only=batch.decode_only or batch.last_tokens_only,
@@ -130,6 +139,29 @@ class Attention(nnx.Module):
             target=self.target,
         )
         return self.o_proj.addends(attended), (k_cache, v_cache)
+
+    @property
+    def _options(self) -> AttentionOptions:
+        spec = self.spec
+        return AttentionOptions(spec.scale, spec.sliding_window, spec.logits_soft_cap)
+
+    def _attend_among(
+        self, q: Array, k: Array, v: Array, batch: InputBatch, taps: Taps | None
+    ) -> Float[Array, "T N H"]:
+        """Attention of the step's tokens among themselves, by their segments."""
+        assert batch.segment_ids is not None
+        attended = dense_attention(
+            tap(taps, "q", q),
+            tap(taps, "k", k),
+            tap(taps, "v", v),
+            batch.positions,
+            batch.segment_ids,
+            self._slopes(q.shape[1]),
+            None if self.sinks is None else self.sinks[...],
+            options=self._options,
+            taps=taps,
+        )
+        return tap(taps, "heads", attended)
 
     def _qkv(self, x: Float[Array, "T D"], cos_sin: CosSin | None) -> tuple[Addends, CosSin | None]:
         """Queries, keys and values [S, T, K, G + 2, H], and the rotation that is yet to be done.

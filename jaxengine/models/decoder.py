@@ -20,6 +20,8 @@ from jaxengine.layers.rope import rope_cos_sin, rope_frequencies
 from jaxengine.model_config import ModelConfig
 from jaxengine.models.decoder_layer import DecoderLayer, LayerOutput
 from jaxengine.models.options import ModelOptions
+from jaxengine.models.tapped_layer import run_tapped_layer
+from jaxengine.taps import Taps, tap
 
 LayerCaches = list[KVPair]  # a (k_cache, v_cache) pair for each cache array of the stage
 
@@ -95,7 +97,11 @@ class Decoder(nnx.Module):
         return layers + (VocabEmbedding.num_sums if self.layer_numbers.start == 0 else 0)
 
     def __call__(
-        self, batch: InputBatch, caches: LayerCaches, hidden: Float[Array, "T D"] | None = None
+        self,
+        batch: InputBatch,
+        caches: LayerCaches,
+        hidden: Float[Array, "T D"] | None = None,
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "outputs D"], LayerCaches]:
         """Run the stage's layers over the step's tokens.
 
@@ -107,15 +113,19 @@ class Decoder(nnx.Module):
             batch: The step.
             caches: The stage's caches; donate them, the new ones are returned.
             hidden: The previous stage's output; None for the first stage.
+            taps: Where somebody looks in; the step then has no peers, and every token's output is
+                returned.
         """
         x = hidden
         if x is None:
-            x = self._embedded(batch)
+            x = tap(taps, "embedding", self._embedded(batch))
             batch = batch.after_sums(VocabEmbedding.num_sums)
         cos_sin = self._cos_sin(batch.positions)
         all_tokens = dataclasses.replace(batch, last_tokens_only=False)
         # The dict's own order is alphabetic: 0, 1, 10, 2.
         layers = [self.layers[str(number)] for number in self.layer_numbers]
+        if taps is not None:
+            return self._run_tapped(layers, x, batch, cos_sin, list(caches), taps)
         normed = tuple(norm(x) for norm in layers[0].read_norms)
         caches, num_sums = list(caches), 0
         for index, (layer, place) in enumerate(zip(layers, self.cache_places, strict=True)):
@@ -136,6 +146,30 @@ class Decoder(nnx.Module):
             readers = layers[index + 1].read_norms if index + 1 < len(layers) else ()
             x, normed = layer.join_due(output, readers, due)
             num_sums += layer.num_sums
+        return x, caches
+
+    def _run_tapped(
+        self,
+        layers: list[DecoderLayer],
+        x: Float[Array, "T D"],
+        batch: InputBatch,
+        cos_sin: dict[RopeSpec | None, CosSin],
+        caches: LayerCaches,
+        taps: Taps,
+    ) -> tuple[Float[Array, "T D"], LayerCaches]:
+        numbered = zip(self.layer_numbers, layers, self.cache_places, strict=True)
+        for number, layer, place in numbered:
+            x, new = run_tapped_layer(
+                layer,
+                x,
+                batch if place is None else batch.of_group(place.group),
+                cos_sin.get(_rope_of(layer)),
+                None if place is None else caches[place.array],
+                taps.within(f"layers.{number}"),
+            )
+            if place is not None:
+                assert new is not None
+                caches[place.array] = new
         return x, caches
 
     def _embedded(self, batch: InputBatch) -> Float[Array, "T D"]:
@@ -159,14 +193,20 @@ class Decoder(nnx.Module):
             for rope in sorted((r for r in ropes if r is not None), key=repr)
         }
 
-    def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B local_V"]:
+    def compute_logits(
+        self, hidden: Float[Array, "B D"], taps: Taps | None = None
+    ) -> Float[Array, "B local_V"]:
         """Scores of the next token for some rows of the last stage's output.
 
         They are those of this shard's part of the vocabulary.
+
+        Args:
+            hidden: The rows.
+            taps: Where somebody looks in.
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has logits"
-        x = hidden if self.norm is None else self.norm(hidden)
+        x = tap(taps, "final", hidden if self.norm is None else self.norm(hidden))
         if self.project_out is not None:
             x = self.project_out(x)
         logits = head.logits(x)
@@ -176,7 +216,7 @@ class Decoder(nnx.Module):
             logits = logits * jnp.asarray(self.spec.head.scale, logits.dtype)
         if (cap := self.spec.head.soft_cap) is not None:
             logits = (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)
-        return logits
+        return tap(taps, "logits", logits)
 
 
 def _rope_of(layer: DecoderLayer) -> RopeSpec | None:

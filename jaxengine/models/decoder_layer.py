@@ -126,19 +126,19 @@ class DecoderLayer(nnx.Module):
         if self.attention is None or caches is None:
             if batch.last_tokens_only:
                 x, first = x[batch.logits_indices], first[batch.logits_indices]
-            return LayerOutput(x, self._fed_forward(first, batch), None)
+            return LayerOutput(x, self.fed_forward(first, batch), None)
         attended, caches = self.attention(first, batch, cos_sin, caches)
         second = normed[-1] if normed else x
         if batch.last_tokens_only:
             x, second = x[batch.logits_indices], second[batch.logits_indices]
         if self.spec.wiring == "parallel":
-            due = self._fed_forward(second, batch)
+            due = self.fed_forward(second, batch)
             return LayerOutput(x, attended if due is None else attended + due, caches)
         if self.mlp is None:
             return LayerOutput(x, attended, caches)
         if self.spec.wiring == "post":
             x = self._normalised(attended, x, self.input_norm, batch.peers)
-            return LayerOutput(x, self._fed_forward(x, batch), caches)
+            return LayerOutput(x, self.fed_forward(x, batch), caches)
         norms = () if self.post_attention_norm is None else (self.post_attention_norm,)
         x, read = join(
             attended,
@@ -149,7 +149,7 @@ class DecoderLayer(nnx.Module):
             peers=batch.peers,
             target=self.target,
         )
-        return LayerOutput(x, self._fed_forward(read[0] if read else x, batch), caches)
+        return LayerOutput(x, self.fed_forward(read[0] if read else x, batch), caches)
 
     def join_due(
         self, output: LayerOutput, norms: tuple[Norm, ...], peers: Peers | None
@@ -180,7 +180,8 @@ class DecoderLayer(nnx.Module):
         _, (normed,) = join(addends, x, (norm,), peers=peers, target=self.target)
         return jnp.asarray(normed)
 
-    def _fed_forward(self, x: Rows, batch: InputBatch) -> Addends | None:
+    def fed_forward(self, x: Rows, batch: InputBatch) -> Addends | None:
+        """Serve some rows; return what is yet to be added up, None without a part for it."""
         if self.mlp is None:
             return None
         if isinstance(self.mlp, Experts):
