@@ -38,6 +38,9 @@ from jaxengine.loaded_engine import load_engine
 from jaxengine.metrics import Metric, metrics_of
 from jaxengine.outputs import RequestOutput
 from jaxengine.request_loop import Inbox, NewRequest, RequestLoop
+from jaxengine.research.functional import FunctionalModel
+from jaxengine.research.points import Point, points_of
+from jaxengine.research.updates import NewWeights, update_stages
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.structured.constraint import TokenConstraint
 from jaxengine.structured.constraint_factory import ConstraintFactory
@@ -487,6 +490,61 @@ class LLM:
         with self._requests.lock:
             stages = [stage for each in self._loaded.replicas for stage in each.runner.stages]
             return [func(merge_params(stage.parts.definition, stage.params)) for stage in stages]
+
+    def functional(self) -> FunctionalModel:
+        """Return the model as a pure function over the engine's own weights (docs/research.md).
+
+        Raises:
+            ValueError: If the engine has pipeline stages or several hosts, or the architecture is
+                one of another package's own.
+        """
+        stages = self._loaded.replicas[0].runner.stages
+        if len(stages) > 1 or self.engine_config.nnodes > 1:
+            raise ValueError(
+                f"functional() needs all layers in one program, and there are {len(stages)} "
+                f"pipeline stages on {self.engine_config.nnodes} hosts: load the model with "
+                "pipeline_parallel_size=1 and nnodes=1"
+            )
+        max_model_len = self._frontend.info.max_model_len
+        return FunctionalModel(stages[0], self.engine.model_config, max_model_len)
+
+    def update_weights(self, new: NewWeights) -> list[str]:
+        """Replace weights, all or some, while the model stays loaded; nothing is compiled again.
+
+        Everything is checked before the first changes. The prefix cache is dropped.
+
+        Args:
+            new: A directory or file of weights of the same architecture; a mapping or an iterator
+                of pairs under a checkpoint's names (arrays of numpy, jax or torch); or a tree
+                shaped as ``functional().weights``, such as an optimiser's.
+
+        Returns:
+            Paths of the parameters that were replaced.
+
+        Raises:
+            ValueError: If a name is not the model's or a shape does not fit, requests run, the
+                engine sleeps or has several hosts. Nothing has changed then.
+        """
+        if self.engine_config.nnodes > 1:
+            raise ValueError("an engine of several hosts takes no new weights: start it anew")
+        with self._requests.lock:
+            if self._sleeping is not None:
+                raise ValueError("the engine sleeps: call wake_up first")
+            if running := self._requests.request_ids:
+                raise ValueError(
+                    f"{len(running)} requests run, whose keys and values are of the old weights: "
+                    "let them finish, or abort them, before update_weights"
+                )
+            self._requests.run_empty()  # steps in flight that nobody waits for
+            replicas = [replica.runner.stages for replica in self._loaded.replicas]
+            try:
+                return update_stages(replicas, self.engine.model_config.hf_config, new)
+            finally:
+                self.engine.reset_prefix_cache()
+
+    def points(self) -> tuple[Point, ...]:
+        """Return the points of the model that ``capture`` and ``edits`` name, in their order."""
+        return points_of(self.engine.model_config.spec)
 
     def _with_texts(
         self, sequences: list[BeamSearchSequence], params: BeamSearchParams

@@ -26,7 +26,7 @@ from jaxengine.convert.json_file import read_json
 from jaxengine.convert.overrides import Overrides, override_config
 
 __all__ = ["Checkpoint", "ParamSpec", "Params", "load_params", "merge_params", "open_model",
-           "param_specs", "random_params", "write_sentencepiece_tokenizer"]  # fmt: skip
+           "param_specs", "place", "random_params", "write_sentencepiece_tokenizer"]  # fmt: skip
 
 Params = dict[str, jax.Array]
 Index = tuple[slice, ...]
@@ -207,14 +207,19 @@ def load_params(
         for source in convert.parameters(checkpoint, dtype):
             if (spec := specs.get(source.path)) is None:
                 continue
-            params[source.path] = _place(source, spec, mesh)
+            params[source.path] = place(source, spec, mesh)
             bar.update(spec.num_bytes)
     if missing := sorted(specs.keys() - params.keys()):
         raise ValueError(f"the checkpoint lacks {len(missing)} parameters: {', '.join(missing)}")
     return {path: params[path] for path in specs}
 
 
-def _place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
+def place(source: Parameter, spec: ParamSpec, mesh: Mesh) -> jax.Array:
+    """Read a parameter straight to its devices.
+
+    Raises:
+        ValueError: If it has another shape than the model's.
+    """
     if source.shape != spec.checkpoint_shape:
         raise ValueError(
             f"{source.path} has shape {source.shape}, the model needs {spec.checkpoint_shape}"

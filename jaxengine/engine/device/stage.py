@@ -5,7 +5,7 @@ Every stage sees every step, in the order of dispatch, and keeps its own block t
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -134,6 +134,19 @@ class Stage:
         if self._peer_memory is not None:
             self._peer_memory.allocate()
         self.allocate_state()
+
+    def replace_weights(self, new: Iterable[tuple[str, jax.Array]]) -> None:
+        """Take other weights, cut and shaped as the ones before; state and programs stay.
+
+        Args:
+            new: Pairs of path and array. The old array may be freed before the next pair is asked
+                for.
+        """
+        self._weights = ()
+        try:
+            self.params.update(new)
+        finally:
+            self._weights = tuple(self.params[path] for path in self.parts.specs)
 
     def release(self) -> Params:
         """Give up weights, cache and state, until ``start``; returns the weights."""
