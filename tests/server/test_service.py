@@ -1,6 +1,7 @@
 """Models, tokens, health, metrics and the page."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_the_page_and_the_docs_ask_nobody_else(client: AsgiClient) -> None:
     assert client.get("/docs").status == 200
     schema = client.get("/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/responses"} <= set(schema["paths"])
+
+
+def test_everything_that_the_page_loads_is_there_and_open(new_client: NewClient) -> None:
+    client = new_client(api_key=["secret"])
+    page = client.get("/").body.decode()
+    names = re.findall(r'(?:href|src)="([^"#:]+)"', page)
+    assert len(names) == 2
+    while names:
+        answer = client.get(f"/{names.pop()}")
+        assert answer.status == 200
+        names += re.findall(r'^import .* from "\./(.+)";', answer.body.decode(), re.MULTILINE)
 
 
 def test_the_docs_can_be_left_out(new_client: NewClient) -> None:
