@@ -282,11 +282,14 @@ class EmbeddingSpec:
         norm: Of the sum; None for none.
         size: Width of the token embeddings, and of what the head multiplies, where projections
             lie between them and the residual stream (OPT-350m); None for the hidden size.
+        num_token_types: Rows of an embedding of the part of a pair that a token belongs to
+            (encoders alone); 0 for none.
     """
 
     scale: float = 1.0
     num_positions: int = 0
     position_offset: int = 0
+    num_token_types: int = 0
     norm: NormSpec | None = None
     size: int | None = None
 
@@ -311,13 +314,28 @@ class HeadSpec:
 
 
 @dataclass(frozen=True)
+class LabelsSpec:
+    """Of an encoder, from a sequence's first token x [D] to scores: ``out(act(dense(x)))``.
+
+    Attributes:
+        num_labels: Scores.
+        activation: Of the inner layer, which is [D, D]: "tanh" or "relu".
+    """
+
+    num_labels: int
+    activation: Literal["tanh", "relu"] = "tanh"
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder, whole.
+    """A decoder, whole; or an encoder, whose tokens see those behind them too.
 
     Attributes:
         architecture: Hugging Face's name of it.
         max_position_embeddings: The longest sequence that it was made for, scaling included.
         final_norm: Behind the last layer; None where that layer has normalised.
+        is_encoder: Whether it is one: it makes no text, and has no head over the vocabulary.
+        labels: What scores sequences, of an encoder that does; None for none.
     """
 
     architecture: str
@@ -328,6 +346,8 @@ class ModelSpec:
     final_norm: NormSpec | None
     embedding: EmbeddingSpec = EmbeddingSpec()
     head: HeadSpec = HeadSpec()
+    is_encoder: bool = False
+    labels: LabelsSpec | None = None
 
     @property
     def num_layers(self) -> int:

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from jaxengine.llm_engine import EngineArgs, LLMEngine
     from jaxengine.models.registry import ModelRegistry
     from jaxengine.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput
+    from jaxengine.pooling.outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
+    from jaxengine.pooling.params import PoolingParams
     from jaxengine.sampling_params import RequestOutputKind, SamplingParams
     from jaxengine.structured.params import StructuredOutputsParams
     from jaxengine.text.prompts import TextPrompt, TokensPrompt
@@ -43,6 +54,15 @@ _HOMES = {
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
+    "PoolingParams": "pooling.params",
+    "ClassificationOutput": "pooling.outputs",
+    "ClassificationRequestOutput": "pooling.outputs",
+    "EmbeddingOutput": "pooling.outputs",
+    "EmbeddingRequestOutput": "pooling.outputs",
+    "PoolingOutput": "pooling.outputs",
+    "PoolingRequestOutput": "pooling.outputs",
+    "ScoringOutput": "pooling.outputs",
+    "ScoringRequestOutput": "pooling.outputs",
 }
 
 __all__ = [
@@ -51,16 +71,25 @@ __all__ = [
     "AsyncLLM",
     "AsyncLLMEngine",
     "BeamSearchParams",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineConfig",
     "FlatLogprobs",
     "LLMEngine",
     "Logprob",
     "ModelRegistry",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",

@@ -57,6 +57,10 @@ class EngineConfig:
         profiler_dir: Where start_profile writes its traces.
         reasoning_parser: How the model marks its reasoning: deepseek_r1, qwen3, gpt_oss or think;
             empty if it does not reason. Grammars of structured outputs apply behind it.
+        task: auto, generate, pooling, embed, classify, score or reward; what the model cannot do is
+            an error at the start.
+        pooler_config: Of an embedding, in place of what the model says: pooling_type (cls, mean,
+            last, max), normalize.
         skip_tokenizer_init: Take and return token ids only.
         trust_remote_code: Refused: code from a checkpoint is never run.
         disable_log_stats: Print neither progress bars nor the report of the start.
@@ -103,6 +107,8 @@ class EngineConfig:
     logprobs_mode: str = "raw_logprobs"
     profiler_dir: str = "jaxengine-profile"
     reasoning_parser: str = ""
+    task: str = "auto"
+    pooler_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     disable_log_stats: bool = False
@@ -147,6 +153,7 @@ class EngineConfig:
         _check_choice("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("task", self.task, TASKS)
         _check_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
 
     def _check_hosts(self) -> None:
@@ -170,6 +177,7 @@ class EngineConfig:
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "converted", "dummy")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+TASKS = ("auto", "generate", "pooling", "embed", "classify", "score", "reward")
 ATTENTION_BACKENDS = (None, "reference", "xla", "triton", "mosaic")
 
 

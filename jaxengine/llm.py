@@ -34,9 +34,11 @@ from jaxengine.llm_arguments import (
     refuse_foreign,
 )
 from jaxengine.llm_engine import EngineArgs, LLMEngine
-from jaxengine.loaded_engine import load_engine
+from jaxengine.loaded_engine import load_model
 from jaxengine.metrics import Metric, metrics_of
 from jaxengine.outputs import RequestOutput
+from jaxengine.pooling.engine import PoolingEngine
+from jaxengine.pooling.methods import NoGenerator, PoolingMethods
 from jaxengine.request_loop import Inbox, NewRequest, RequestLoop
 from jaxengine.research.functional import FunctionalModel
 from jaxengine.research.points import Point, points_of
@@ -56,8 +58,8 @@ from jaxengine.text.tokenizer import ChatOptions, Message
 from jaxengine.weights import merge_params
 
 
-class LLM:
-    """A model that generates text for many prompts at once.
+class LLM(PoolingMethods):
+    """A model that generates text for many prompts at once, or one that embeds or scores them.
 
     Its methods may be called from several threads; their requests share the batch.
 
@@ -81,10 +83,15 @@ class LLM:
     ) -> None:
         arguments = resolve_engine_args({"tokenizer": tokenizer, **engine_args})
         config = EngineConfig(model=os.fspath(model), **arguments)
-        loaded = load_engine(config)
+        self.engine_config = config
+        loaded = load_model(config)
+        if isinstance(loaded, PoolingEngine):
+            self._pooling = loaded
+            absent: Any = NoGenerator(loaded)
+            self.engine = self._frontend = self._requests = absent
+            return
         self.engine = loaded.engine
         self.startup = loaded.startups[0]
-        self.engine_config = config
         self._loaded = loaded
         self._frontend = Frontend(loaded.tokenizer, loaded.info, loaded.chat_template)
         self._sleeping: SleepingStages | None = None
@@ -104,6 +111,8 @@ class LLM:
         Raises:
             ValueError: If the model was loaded with ``skip_tokenizer_init``.
         """
+        if self._pooling is not None:
+            return self._pooling.require_tokenizer().hf_tokenizer
         return self._frontend.require_tokenizer().hf_tokenizer
 
     @classmethod
@@ -119,6 +128,9 @@ class LLM:
     @property
     def model_config(self) -> ServedModelConfig:
         """The model, as clients of vLLM read it."""
+        if self._pooling is not None:
+            own = self._pooling
+            return ServedModelConfig.of(self.engine_config, own.model_config, own.max_model_len)
         model = self.engine.model_config
         return ServedModelConfig.of(self.engine_config, model, self._frontend.info.max_model_len)
 

@@ -15,7 +15,9 @@ from jaxengine.engine.engine import Engine
 from jaxengine.engine.replicas import ReplicaGroup, build_replicas, startup_text
 from jaxengine.engine.start_report import Startup
 from jaxengine.engine_client import EngineInfo
+from jaxengine.model_config import ModelConfig
 from jaxengine.model_files import read_sampling_defaults, read_tokenizer
+from jaxengine.pooling.engine import PoolingEngine
 from jaxengine.process import check_devices, prepare_process
 from jaxengine.structured.constraint_factory import ConstraintFactory
 from jaxengine.structured.reasoning import markers_of
@@ -74,14 +76,60 @@ def load_engine(
     Raises:
         ValueError: If the model is not supported or damaged, or does not fit into memory.
     """
-    started = time.perf_counter()
-    chat_template = load_chat_template(config.chat_template)
-    markers_of(config.reasoning_parser)  # refused before anything is loaded
+    return _load_engine(config, _open(config), on_checkpoint)
+
+
+def load_model(config: EngineConfig) -> LoadedEngine | PoolingEngine:
+    """Load a model with the engine that serves its kind.
+
+    Raises:
+        ValueError: As ``load_engine``; also if the model cannot do ``config.task``.
+    """
+    checkpoint = _open(config)
+    if not _is_encoder(checkpoint):
+        return _load_engine(config, checkpoint)
+    tokenizer = None if config.skip_tokenizer_init else read_tokenizer(config, checkpoint)
+    return PoolingEngine(config, checkpoint, tokenizer)
+
+
+def _open(config: EngineConfig) -> Checkpoint:
+    """Find and judge a model."""
+    load_chat_template(config.chat_template)  # refused before anything is loaded
+    markers_of(config.reasoning_parser)
     prepare_process(config)
     if config.nnodes == 1:  # several hosts first have to find each other
         check_devices()
     checkpoint = open_model(config.model, config.load_format, config.revision, config.hf_overrides)
     check_hf_config(checkpoint.hf_config)
+    return checkpoint
+
+
+def _is_encoder(checkpoint: Checkpoint) -> bool:
+    return ModelConfig.from_hf(checkpoint.hf_config).spec.is_encoder
+
+
+def _check_generates(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    architecture = ModelConfig.from_hf(checkpoint.hf_config).architecture
+    if _is_encoder(checkpoint):
+        raise ValueError(
+            f"{architecture} makes no text: it is served offline, by LLM(...).embed, classify or "
+            "score (docs/pooling.md)"
+        )
+    if config.task not in ("auto", "generate"):
+        raise ValueError(
+            f"{architecture} does not support the task {config.task!r}: it can generate; "
+            "docs/pooling.md lists the models that embed, classify and score"
+        )
+
+
+def _load_engine(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    on_checkpoint: Callable[[Checkpoint], Any] = lambda _: None,
+) -> LoadedEngine:
+    started = time.perf_counter()
+    _check_generates(config, checkpoint)
+    chat_template = load_chat_template(config.chat_template)
     defaults = read_sampling_defaults(config, checkpoint)
     on_checkpoint(checkpoint)
     leader = None if config.nnodes == 1 else start_leader(config, checkpoint.hf_config)

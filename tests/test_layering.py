@@ -67,6 +67,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         f"jaxengine/distributed/{name}.py": (*DEVICE, *MODELS, "jaxengine.engine", "ray")
         for name in ("channel", "frames", "heartbeat", "identity", "roll_call")
     },
+    "jaxengine/pooling/*": ("jaxengine.llm", "jaxengine.cli", "jaxengine.server", "transformers"),
+    "jaxengine/pooling/[!em]*": OUTSIDE,
+    "jaxengine/pooling/runner.py": ("jaxengine.convert", "jaxengine.engine"),
     "jaxengine/engine_client.py": (*DEVICE, *MODELS, *WHOLE_ENGINE, *OUTSIDE),
     "jaxengine/engine_loop.py": (*DEVICE, *MODELS, *WHOLE_ENGINE, *OUTSIDE),
     "jaxengine/server/*": (*MODELS, *WHOLE_ENGINE, "jaxengine.cli", "jaxengine.on_ray"),
@@ -94,6 +97,8 @@ OF_OURS: dict[str, tuple[str, ...]] = {
         for name in ("engine_args", "sampling_fields", "model_config", "names", "similar_names")
     },
     "jaxengine/structured/params.py": (),
+    "jaxengine/pooling/params.py": (),
+    "jaxengine/pooling/outputs.py": (),
     "jaxengine/server/parsers/*": ("jaxengine.server.parsers", "jaxengine.structured"),
     "jaxengine/engine/scheduling/*": ("jaxengine.engine.scheduling", "jaxengine.sampling_params"),
 }
@@ -170,6 +175,7 @@ def test_only_weights_the_registry_and_the_command_line_import_convert() -> None
         "jaxengine/model_config.py",
         "jaxengine/weights.py",
         "jaxengine/models/registry.py",
+        "jaxengine/pooling/pooler.py",  # files of sentence-transformers beside the weights
         "jaxengine/cli/main.py",
     }
 

@@ -30,6 +30,9 @@ def test_the_package_offers_these_names() -> None:
             "TokensPrompt",
         ),
         *("AsyncLLM", "AsyncLLMEngine", "AsyncEngineArgs"),
+        *("PoolingParams", "PoolingOutput", "PoolingRequestOutput"),
+        *("EmbeddingOutput", "EmbeddingRequestOutput", "ScoringOutput", "ScoringRequestOutput"),
+        *("ClassificationOutput", "ClassificationRequestOutput"),
         "__version__",
     }
 

@@ -10,6 +10,7 @@ from jaxengine.convert.families import (
     chatglm,
     cohere,
     deci,
+    encoders,
     exaone,
     falcon,
     gemma,
@@ -48,7 +49,7 @@ _MODULES = (
     *(llama, llama_variants, gemma, phi, phi3, olmo, cohere, glm, chatglm, internlm, exaone),
     *(stablelm, starcoder2, nemotron, hunyuan, persimmon, baichuan, qwen, telechat, deci, falcon),
     *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, bloom, mpt, multimodal),
-    *(mixtures, phimoe, granite_moe, gpt_oss),
+    *(mixtures, phimoe, granite_moe, gpt_oss, encoders),
 )
 _families: dict[str, Family] = {
     architecture: family

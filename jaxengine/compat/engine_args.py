@@ -71,9 +71,9 @@ _OBSERVED = "nothing is sent or traced unless start_profile is called"
 
 ROWS: tuple[Row, ...] = (
     # What becomes something else.
-    *_rows("translated", "only 'auto' and 'generate' are served", ("runner", "auto", "generate")),
+    *_rows("translated", "task, if it is not 'auto'", ("runner", "auto")),
     *_rows("translated", "only 'auto' and 'none' are served", ("convert", "auto", "none")),
-    *_rows("translated", f"{FORMER} (runner): only 'auto' and 'generate'", ("task", "auto")),
+    *_rows("translated", f"{FORMER}: pooler_config", "override_pooler_config"),
     *_rows("translated", f"{FORMER}: hf_overrides={{'rope_scaling': ...}}", "rope_scaling"),
     *_rows("translated", f"{FORMER}: hf_overrides={{'rope_theta': ...}}", "rope_theta"),
     *_rows("translated", "reasoning_parser, if it has one", "structured_outputs_config"),
@@ -252,7 +252,6 @@ ROWS: tuple[Row, ...] = (
         "edit logits with logit_bias, allowed_token_ids, bad_words or structured_outputs",
         "logits_processors",
     ),
-    *_rows("refused", "there are no pooling models yet", "pooler_config", "override_pooler_config"),
     *_rows(
         "refused",
         "an engine has one process a host: use tensor_parallel_size, data_parallel_size, nnodes",
@@ -290,6 +289,8 @@ _BACKENDS_OF_VLLM = re.compile(r"[A-Z0-9_]+(_ATTN|_MLA|INFER|_FA\d?|SDPA|ATTENTI
 # Its loaders that differ in speed alone.
 _FAST_LOADERS = ("hf", "fastsafetensors", "instanttensor", "runai_streamer")
 _COUNTS = ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes")
+
+_FORMER_TASKS = {"embedding": "embed", "encode": "pooling"}
 
 _warned: set[str] = set()
 
@@ -334,9 +335,15 @@ def _refuse(row: Row, value: Any, fields: dict[str, Any]) -> None:
     raise ValueError(f"{row.name}={value!r:.200} is not supported: {row.note}")
 
 
-def _take_task(row: Row, value: Any, fields: dict[str, Any]) -> None:
-    if value != "generate":
-        _refuse(row, value, fields)
+def _take_runner(row: Row, value: Any, fields: dict[str, Any]) -> None:
+    if value not in ("generate", "pooling"):
+        raise ValueError(f"{row.name}={value!r:.200} is not supported: use generate or pooling")
+    if fields.get("task") in (None, "auto"):  # which says more
+        fields["task"] = value
+
+
+def _take_override_pooler_config(row: Row, value: Any, fields: dict[str, Any]) -> None:
+    fields["pooler_config"] = fields.get("pooler_config") or value
 
 
 def _take_override(row: Row, value: Any, fields: dict[str, Any]) -> None:
@@ -375,9 +382,9 @@ def _take_token(row: Row, value: Any, fields: dict[str, Any]) -> None:
 
 
 _TRANSLATIONS = {
-    "runner": _refuse,
+    "runner": _take_runner,
     "convert": _refuse,
-    "task": _take_task,
+    "override_pooler_config": _take_override_pooler_config,
     "rope_scaling": _take_override,
     "rope_theta": _take_override,
     "structured_outputs_config": _take_structured_outputs_config,
@@ -401,11 +408,24 @@ def _spelt_as_ours(fields: dict[str, Any]) -> dict[str, Any]:
         row = Row("attention_backend", None, "ignored", "kernels are Pallas' and XLA's")
         _take(row, backend, fields)
         del fields["attention_backend"]
+    if fields.get("task") in _FORMER_TASKS:
+        fields["task"] = _FORMER_TASKS[fields["task"]]
+    if "pooler_config" in fields:
+        fields["pooler_config"] = _as_mapping(fields["pooler_config"], "pooler_config")
     if fields.get("load_format") in _FAST_LOADERS:
         fields["load_format"] = "auto"
     if fields.get("reasoning_parser") == "":
         del fields["reasoning_parser"]
     return _with_own_executor(fields)
+
+
+def _as_mapping(value: Any, name: str) -> dict[str, Any]:
+    """A mapping, or the fields of one of vLLM's config objects, without those that are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping, got {value!r:.200}")
+    return {str(key): each for key, each in value.items() if each is not None}
 
 
 def _with_own_executor(fields: dict[str, Any]) -> dict[str, Any]:

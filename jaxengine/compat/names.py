@@ -32,8 +32,6 @@ def _missing(note: str, *names: str) -> list[Name]:
     return [Name(name, "missing", note) for name in names]
 
 
-_POOLING = "there are no pooling models yet"
-
 METHODS = (
     *_same("generate", "chat", "enqueue", "wait_for_completion", "get_tokenizer", "get_world_size"),
     *_same("get_default_sampling_params", "from_engine_args", "llm_engine", "model_config"),
@@ -47,7 +45,9 @@ METHODS = (
     Name("collective_rpc", "differs", "runs here, with each replica's ModelRunner"),
     Name("apply_model", "differs", "gets the flax module of each stage; its changes are lost"),
     *_missing("enqueue what chat templates write", "enqueue_chat"),
-    *_missing(_POOLING, "embed", "encode", "classify", "score", "reward"),
+    *_same("embed", "classify", "score"),
+    Name("encode", "differs", "data is a numpy array; pooling_task: embed, token_embed, classify"),
+    *_missing("there are no reward models yet", "reward"),
     *_missing("sleep(1) gives all of it back", "release_kv_cache_memory"),
     *_missing("models here read text only", "reset_mm_cache"),
     *_missing(
@@ -75,12 +75,10 @@ CLASSES = (
     *_same("TokensPrompt", "EngineArgs", "ModelRegistry"),
     Name("LLMEngine", "differs", "add_request, step, abort_request and what asks for its state"),
     *_same("AsyncLLMEngine", "AsyncEngineArgs"),
-    *_missing(
-        _POOLING,
-        *("PoolingParams", "PoolingOutput", "PoolingRequestOutput", "EmbeddingOutput"),
-        *("EmbeddingRequestOutput", "ClassificationOutput", "ClassificationRequestOutput"),
-        *("ScoringOutput", "ScoringRequestOutput"),
-    ),
+    Name("PoolingParams", "differs", "dimensions, use_activation and its former names"),
+    *_same("PoolingOutput", "PoolingRequestOutput", "EmbeddingOutput", "EmbeddingRequestOutput"),
+    *_same("ClassificationOutput", "ClassificationRequestOutput"),
+    *_same("ScoringOutput", "ScoringRequestOutput"),
     *_missing("distributed_executor_backend='ray' starts Ray", "initialize_ray_cluster"),
 )
 # Defaults that are not vLLM's, of fields that both have.
@@ -93,7 +91,7 @@ OTHER_DEFAULTS = {
     "dtype": "auto serves float32 checkpoints as bfloat16 on a GPU (float16 in vLLM)",
 }
 # Fields of EngineConfig that are no arguments of vLLM.
-OUR_OWN = ("profiler_dir",)
+OUR_OWN = ("profiler_dir", "task")
 # What vLLM's SamplingParams has not, or has otherwise.
 SAMPLING_NOTES = {
     "logprob_token_ids": "without ranks",

@@ -34,7 +34,16 @@ MODULES: dict[str, dict[str, str]] = {
     "vllm.outputs": {
         "RequestOutput": "jaxengine:RequestOutput",
         "CompletionOutput": "jaxengine:CompletionOutput",
+        "ClassificationOutput": "jaxengine:ClassificationOutput",
+        "ClassificationRequestOutput": "jaxengine:ClassificationRequestOutput",
+        "EmbeddingOutput": "jaxengine:EmbeddingOutput",
+        "EmbeddingRequestOutput": "jaxengine:EmbeddingRequestOutput",
+        "PoolingOutput": "jaxengine:PoolingOutput",
+        "PoolingRequestOutput": "jaxengine:PoolingRequestOutput",
+        "ScoringOutput": "jaxengine:ScoringOutput",
+        "ScoringRequestOutput": "jaxengine:ScoringRequestOutput",
     },
+    "vllm.pooling_params": {"PoolingParams": "jaxengine:PoolingParams"},
     "vllm.logprobs": {"Logprob": "jaxengine:Logprob", "FlatLogprobs": "jaxengine:FlatLogprobs"},
     "vllm.inputs": {
         "TextPrompt": "jaxengine:TextPrompt",

@@ -141,6 +141,35 @@ class Tokenizer:
                 f"({str(error)[:200]}): fetch it again"
             ) from None
 
+    def encode_typed(
+        self,
+        texts: Sequence[str],
+        seconds: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        adds_special: bool = True,
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the token ids and the token types of texts, or of pairs of them.
+
+        Args:
+            texts: Each alone, or the first of each pair.
+            seconds: The second of each pair.
+            max_length: Most tokens, special ones included; the longer text of a pair is cut first.
+            adds_special: Add what the tokenizer puts around a text or a pair.
+        """
+        with self._lock:
+            encoded = self.hf_tokenizer(
+                list(texts),
+                None if seconds is None else list(seconds),
+                add_special_tokens=adds_special,
+                return_attention_mask=False,
+                return_token_type_ids=True,
+                truncation=max_length is not None,
+                max_length=max_length,
+                verbose=False,
+            )
+        return list(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True))
+
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         encoded = self.hf_tokenizer(
             list(texts),

@@ -17,6 +17,7 @@ from tests.models import (
     test_multimodal,
 )
 from tests.models.engine_cases import ENGINE_CASES
+from tests.pooling import encoder_cases
 
 HEAD = """\
 # Supported models
@@ -31,6 +32,7 @@ What is checked, beside what holds for all of them (each parameter is filled exa
 - **logits**: a tiny random checkpoint has the logits of transformers' class (T) within 1e-4 in
   float32 at every position, or of an independent version in numpy (N); the number is of options
   tried.
+  Of an encoder ([pooling.md](pooling.md)) it is the last layer's output, or the scores of labels.
 - **names**: every tensor of a published size is read, and every parameter has its tensor.
 - **engine**: token by token through the paged cache, in chunks and with preemption, on one device
   and with 2 shards of each of 2 stages, the tokens of a whole prefill.
@@ -68,6 +70,7 @@ def _row(family: Family) -> str:
 def _transformers_cases() -> list[str]:
     cases = [*family_cases.CASES.values(), *test_hf_parity.CASES.values()]
     names = [_architecture(family) for family, _ in cases]
+    names += [name for name, _ in encoder_cases.CASES.values()]
     return names + [f"{family}ForConditionalGeneration" for family in test_multimodal.CASES]
 
 
