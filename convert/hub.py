@@ -21,6 +21,11 @@ CheckConfig = Callable[[dict[str, Any]], None]
 CONFIG_FILES = (CONFIG, GENERATION_CONFIG)
 SAFETENSORS_FILES = ("*.safetensors", "model.safetensors.index.json")
 TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# How sentence-transformers pools: beside the weights, and in folders such as 1_Pooling.
+POOLING_FILES = (
+    *("modules.json", "sentence_bert_config.json"),
+    *("[0-9]*_*/config.json", "[0-9]*_*/model.safetensors"),
+)
 # Sub-folders and consolidated* hold the same weights once more, in other layouts.
 LEFT_OUT = ("*/*", "consolidated*")
 
@@ -52,7 +57,7 @@ def fetch(name: str, revision: str | None = None, check_config: CheckConfig | No
     _snapshot(name, commit, (*TOKENIZER_FILE_PATTERNS, *SAFETENSORS_FILES), LEFT_OUT)
     if not any(directory.glob("*.safetensors")):
         _snapshot(name, commit, TORCH_FILES, LEFT_OUT)
-    _snapshot(name, commit, (f"{TEMPLATE_FOLDER}/*.jinja",))
+    _snapshot(name, commit, (f"{TEMPLATE_FOLDER}/*.jinja", *POOLING_FILES))
     return directory
 
 

@@ -1,3 +1,4 @@
+import fnmatch
 import json
 import subprocess
 import sys
@@ -258,6 +259,19 @@ def test_a_hub_model_with_safetensors_is_fetched_without_its_pickles(
     asked = [pattern for call in calls for pattern in call]
     assert "*.safetensors" in asked
     assert not any(pattern.endswith(".bin") for pattern in asked)
+
+
+def test_a_hub_model_is_fetched_with_what_says_how_it_pools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    calls = fake_hub(monkeypatch, lambda: tmp_path)
+    open_checkpoint("org/name")
+    asked = [pattern for call in calls for pattern in call]
+    for file in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in asked), file
+    last = calls[-1]  # which leaves no folders out
+    assert not any(fnmatch.fnmatch("onnx/model.safetensors", pattern) for pattern in last)
 
 
 def test_a_config_that_cannot_be_used_ends_the_fetching_before_tokenizer_and_weights(
