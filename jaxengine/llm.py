@@ -88,7 +88,7 @@ class LLM(PoolingMethods):
         if isinstance(loaded, PoolingEngine):
             self._pooling = loaded
             absent: Any = NoGenerator(loaded)
-            self.engine = self._frontend = self._requests = absent
+            self.engine = self._frontend = self._requests = self._loaded = absent
             return
         self.engine = loaded.engine
         self.startup = loaded.startups[0]
