@@ -104,7 +104,7 @@ def measure_throughput(
     drawn = workload.draw(range(vocab_size_of(llm)))
     prompts = [prompt for prompt, _ in drawn]
     lengths = [params.clone(max_tokens=num_output) for _, num_output in drawn]
-    short = [each.clone(max_tokens=min(WARM_UP_TOKENS, each.max_tokens)) for each in lengths]
+    short = [params.clone(max_tokens=min(WARM_UP_TOKENS, num_output)) for _, num_output in drawn]
     llm.generate(prompts, short, use_tqdm=False)
     llm.reset_prefix_cache()  # the warm-up's prompts must not be found
     started = time.perf_counter()

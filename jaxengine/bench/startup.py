@@ -41,13 +41,12 @@ def measure_start(
 
     programs: list[tuple[str, float]] = []
     hits: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **labels: (
-            programs.append((str(labels.get("fun_name", "")), round(seconds, 3)))
-            if event == COMPILE_EVENT
-            else None
-        )
-    )
+
+    def on_duration(event: str, duration_secs: float, **labels: str | int) -> None:
+        if event == COMPILE_EVENT:
+            programs.append((str(labels.get("fun_name", "")), round(duration_secs, 3)))
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
     jax.monitoring.register_event_listener(
         lambda event, **_: hits.append(event) if event == HIT_EVENT else None
     )
