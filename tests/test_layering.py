@@ -53,6 +53,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "jaxengine/engine/sampling/*": WHOLE_ENGINE,
     "jaxengine/engine/device/*": WHOLE_ENGINE,
     "jaxengine/engine/replica_router.py": (*DEVICE, *MODELS, *WHOLE_ENGINE),
+    "jaxengine/research/*": (*OUTSIDE, *WHOLE_ENGINE, "jaxengine.distributed"),
     "jaxengine/process.py": (*OUTSIDE, *MODELS, *WHOLE_ENGINE, "jaxengine.distributed"),
     "jaxengine/text/*": (
         *("jaxengine.llm", "jaxengine.cli", "jaxengine.server", "jaxengine.distributed"),
@@ -168,7 +169,7 @@ def test_a_file_imports_only_what_lies_below_it(file: str) -> None:
         assert forbidden_imports(file, at_top, FORBIDDEN_AT_TOP) == set()
 
 
-def test_only_weights_the_registry_and_the_command_line_import_convert() -> None:
+def test_only_those_who_read_checkpoints_or_their_names_import_convert() -> None:
     # The spec is what the readers of configs and those who compute share.
     importers = engine_files_that_import("jaxengine.convert", but="jaxengine.convert.model_spec")
     assert importers == {
@@ -177,6 +178,8 @@ def test_only_weights_the_registry_and_the_command_line_import_convert() -> None
         "jaxengine/models/registry.py",
         "jaxengine/pooling/pooler.py",  # files of sentence-transformers beside the weights
         "jaxengine/cli/main.py",
+        "jaxengine/research/checkpoint_arrays.py",
+        "jaxengine/research/updates.py",
     }
 
 
