@@ -54,7 +54,7 @@ class PoolingEngine:
         self.model_config = model = read_model_config(config, checkpoint, device)
         self.tokenizer = tokenizer
         labels = model.spec.labels
-        self.tasks = ("embed", "score")
+        self.tasks: tuple[str, ...] = ("embed", "score")
         if labels is not None:
             self.tasks = ("classify", "score") if labels.num_labels == 1 else ("classify",)
         if config.task not in ("auto", "pooling"):

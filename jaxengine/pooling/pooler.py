@@ -5,7 +5,7 @@ Each vector goes through on its own, so that none depends on the others of its b
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxengine.pooling.params import PoolingParams
 
 KINDS = ("cls", "mean", "last", "max")
 # Names of sentence-transformers' classes end so.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Identity": lambda x: x,
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
