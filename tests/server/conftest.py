@@ -1,6 +1,7 @@
 """The app over a tiny model, with its engine on a thread of the test's process."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,10 @@ def served(llm: LLM) -> Iterator[AsyncLLM]:
     """The shared engine, for coroutines; after the test nothing may be left over in it."""
     loaded = llm._loaded
     loop = EngineLoop(llm.engine, loaded.info, loaded.new_constraint_factory())
+    # A thread that starts late would take the requests of a test's llm.generate for its own.
+    has_begun = threading.Event()
+    loop.put(has_begun.set)
+    assert has_begun.wait(30)
     metrics = Metrics("tiny", loaded.info)
     frontend = Frontend(loaded.tokenizer, loaded.info)
     served = AsyncLLM(loop.connect(owns_loop=True), frontend, observer=metrics)
