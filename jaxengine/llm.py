@@ -575,7 +575,8 @@ class LLM(PoolingMethods):
     ) -> list[RequestOutput]:
         final = [each.with_output_kind(RequestOutputKind.FINAL_ONLY) for each in params]
         requests = self._new_requests(inputs, final, priority)
-        return self._run_to_end(*self._requests.add(requests), use_tqdm)
+        request_ids, inbox = self._requests.add(requests)
+        return self._run_to_end(request_ids, inbox, use_tqdm)
 
     def _constraint_maker(
         self, params: SamplingParams, prompt_token_ids: Sequence[int]
