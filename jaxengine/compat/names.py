@@ -50,9 +50,7 @@ METHODS = (
     *_missing("there are no reward models yet", "reward"),
     *_missing("sleep(1) gives all of it back", "release_kv_cache_memory"),
     *_missing("models here read text only", "reset_mm_cache"),
-    Name(
-        "update_weights", "differs", "takes a tree, named arrays or a directory, whole or in part"
-    ),
+    Name("update_weights", "differs", "takes a tree, named arrays or a directory; all or some"),
     *_missing(
         "update_weights(...) takes arrays that this process has",
         *("init_weight_transfer_engine", "start_weight_update", "finish_weight_update"),
