@@ -117,8 +117,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     model = save_tiny_model(tmp_path, family, **overrides)
-    difference = our_logits(tmp_path, TOKENS) - hf_logits(model, TOKENS)
-    assert np.abs(difference).max() < 1e-4
+    ours, theirs = our_logits(tmp_path, TOKENS), hf_logits(model, TOKENS)
+    # Gemma's logits reach 10, and on some CPUs each side is 0.8e-4 from the exact ones, either way.
+    with torch.no_grad():
+        exact = model.double()(torch.tensor([TOKENS])).logits[0].numpy()
+    rounding = np.abs(theirs - exact).max()
+    assert np.abs(ours - theirs).max() < max(1e-4, 2 * rounding)
 
 
 def test_deci_equals_a_llama_whose_kv_heads_are_repeated(tmp_path: Path) -> None:
