@@ -19,7 +19,7 @@ from jaxengine.pooling.pooler import Pooler, probabilities, read_pooler, unit
 from jaxengine.pooling.runner import EncoderRunner, Output, TokenSequence
 from jaxengine.sharding import make_mesh
 from jaxengine.text.prompts import Prompt, checked, parse_prompt
-from jaxengine.text.tokenizer import Tokenizer
+from jaxengine.text.tokenizer import Tokenizer, required
 from jaxengine.weights import Checkpoint, load_params, param_specs, random_params
 
 BACKENDS = ("reference", "xla", "triton")  # of attention without a cache
@@ -107,12 +107,7 @@ class PoolingEngine:
         Raises:
             ValueError: If there is none.
         """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model was loaded with skip_tokenizer_init=True: give token ids, or load it "
-                "without that flag"
-            )
-        return self.tokenizer
+        return required(self.tokenizer)
 
     def next_request_id(self) -> str:
         """Return a name that no other request of the engine has."""

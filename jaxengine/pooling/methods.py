@@ -25,6 +25,7 @@ from jaxengine.text.prompts import Prompt, as_list
 
 Prompts = Prompt | Sequence[Prompt]
 Params = PoolingParams | Sequence[PoolingParams] | None
+Run = Callable[[Sequence[TokenSequence], Sequence[PoolingParams]], Iterator[np.ndarray]]
 
 
 class PoolingMethods:
@@ -62,14 +63,11 @@ class PoolingMethods:
         """
         refuse_foreign(lora_request=lora_request)
         engine = self._pooling_engine("embed")
-        sequences = engine.encode(as_list(prompts), truncate_prompt_tokens, tokenization_kwargs)
-        params = _each(pooling_params, len(sequences))
-        found = _watched(engine.embed(sequences, params), len(sequences), use_tqdm)
+        given = truncate_prompt_tokens, tokenization_kwargs
+        found = _run(engine, engine.embed, as_list(prompts), pooling_params, *given, use_tqdm)
         return [
-            EmbeddingRequestOutput(
-                engine.next_request_id(), EmbeddingOutput(vector.tolist()), list(each.token_ids)
-            )
-            for each, vector in zip(sequences, found, strict=True)
+            EmbeddingRequestOutput(request_id, EmbeddingOutput(vector.tolist()), token_ids)
+            for request_id, vector, token_ids in found
         ]
 
     def encode(
@@ -104,21 +102,18 @@ class PoolingMethods:
         refuse_foreign(lora_request=lora_request)
         task = pooling_task or self._pooling_engine(None).tasks[0]
         engine = self._pooling_engine("embed" if task == "token_embed" else task)
-        runs: dict[str, Callable[..., Iterator[np.ndarray]]] = {
+        runs: dict[str, Run] = {
             "embed": engine.embed,
             "token_embed": engine.embed_tokens,
             "classify": engine.classify,
         }
         if task not in runs:
             raise ValueError(f"pooling_task is {task!r}: use one of {', '.join(runs)}")
-        sequences = engine.encode(as_list(prompts), truncate_prompt_tokens, tokenization_kwargs)
-        params = _each(pooling_params, len(sequences))
-        found = _watched(runs[task](sequences, params), len(sequences), use_tqdm)
+        given = truncate_prompt_tokens, tokenization_kwargs
+        found = _run(engine, runs[task], as_list(prompts), pooling_params, *given, use_tqdm)
         return [
-            PoolingRequestOutput(
-                engine.next_request_id(), PoolingOutput(data), list(each.token_ids)
-            )
-            for each, data in zip(sequences, found, strict=True)
+            PoolingRequestOutput(request_id, PoolingOutput(data), token_ids)
+            for request_id, data, token_ids in found
         ]
 
     def classify(
@@ -141,14 +136,11 @@ class PoolingMethods:
         """
         refuse_foreign(lora_request=lora_request)
         engine = self._pooling_engine("classify")
-        sequences = engine.encode(as_list(prompts), truncate_prompt_tokens, tokenization_kwargs)
-        params = _each(pooling_params, len(sequences))
-        found = _watched(engine.classify(sequences, params), len(sequences), use_tqdm)
+        given = truncate_prompt_tokens, tokenization_kwargs
+        found = _run(engine, engine.classify, as_list(prompts), pooling_params, *given, use_tqdm)
         return [
-            ClassificationRequestOutput(
-                engine.next_request_id(), ClassificationOutput(probs.tolist()), list(each.token_ids)
-            )
-            for each, probs in zip(sequences, found, strict=True)
+            ClassificationRequestOutput(request_id, ClassificationOutput(probs.tolist()), token_ids)
+            for request_id, probs, token_ids in found
         ]
 
     def score(
@@ -239,6 +231,24 @@ class NoGenerator:
 def cosine(one: np.ndarray, two: np.ndarray) -> float:
     """The cosine of the angle between two vectors."""
     return float(np.sum(unit(one) * unit(two), dtype=np.float64))
+
+
+def _run(
+    engine: PoolingEngine,
+    run: Run,
+    prompts: Sequence[Prompt],
+    params: Params,
+    truncate_prompt_tokens: int | None,
+    options: Mapping[str, Any] | None,
+    use_tqdm: bool | MakeBar,
+) -> list[tuple[str, np.ndarray, list[int]]]:
+    """The id, the result and the tokens of each prompt, in their order."""
+    sequences = engine.encode(prompts, truncate_prompt_tokens, options)
+    found = run(sequences, _each(params, len(sequences)))
+    return [
+        (engine.next_request_id(), result, list(each.token_ids))
+        for each, result in zip(sequences, _watched(found, len(sequences), use_tqdm), strict=True)
+    ]
 
 
 def _joined(one: TokenSequence, two: TokenSequence) -> list[int]:

@@ -18,7 +18,7 @@ from jaxengine.text.prompts import (
     checked,
     parse_prompt,
 )
-from jaxengine.text.tokenizer import ChatOptions, Tokenizer
+from jaxengine.text.tokenizer import ChatOptions, Tokenizer, required
 
 
 class Frontend:
@@ -47,12 +47,7 @@ class Frontend:
         Raises:
             ValueError: If there is none.
         """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model was loaded with skip_tokenizer_init=True: give token ids, or load it "
-                "without that flag"
-            )
-        return self.tokenizer
+        return required(self.tokenizer)
 
     def default_params(self) -> SamplingParams:
         """Return the model's own sampling parameters, from its generation_config.json."""

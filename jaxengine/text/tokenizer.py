@@ -336,6 +336,20 @@ class Tokenizer:
         return TokenBytes(self._backend.id_to_token, self._decoder_kind.token_to_bytes, skipped_ids)
 
 
+def required(tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return a model's tokenizer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "this model was loaded with skip_tokenizer_init=True: give token ids, or load it "
+            "without that flag"
+        )
+    return tokenizer
+
+
 def load_tokenizer(
     source: str | Path,
     *,
